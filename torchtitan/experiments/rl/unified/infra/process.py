@@ -1,0 +1,48 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What a process of this experiment sets before it works."""
+
+import logging
+import os
+import sys
+import warnings
+
+import torch
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+
+
+def threads_of_rank(ranks: int) -> int:
+    """CPU threads for one of `ranks` processes that share the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def quiet_libraries() -> None:
+    """Libraries speak at warning level, unless the user set RL_VERBOSE=1."""
+    # Threads that wait for work must not hold the core another process computes on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("RL_VERBOSE") == "1":
+        return
+    logging.getLogger().setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def honour_environment(config: JobConfig) -> None:
+    """Applies VLLM_BATCH_INVARIANT and VLLM_ATTENTION_BACKEND as far as this device can; says what is used instead.
+
+    vLLM 0.32 no longer reads the second variable; here it sets `[generator] attention_backend` unless the TOML does.
+    """
+    backend = os.environ.get("VLLM_ATTENTION_BACKEND")
+    if backend and torch.cuda.is_available():
+        config.generator.attention_backend = config.generator.attention_backend or backend
+    elif backend:
+        print(
+            f"VLLM_ATTENTION_BACKEND={backend} needs a GPU: on this CPU attention is this package's own kernel, "
+            "batch-invariant in trainer and generator",
+            file=sys.stderr,
+        )
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "0" and config.parity.check != "off":
+        raise ValueError('VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"')

@@ -1,0 +1,93 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What vLLM 0.32 needs to serve a policy on a CPU: each fix with its symptom, its cause and when it can go."""
+
+import os
+
+import torch
+
+
+class CounterNoise:
+    """Stands where vLLM keeps a request's `torch.Generator`: the noise of a token depends on seed and position alone.
+
+    Args:
+        seed: the request's `SamplingParams.seed`.
+        output_token_ids: the request's sampled tokens; vLLM appends to this very list.
+    """
+
+    def __init__(self, seed: int, output_token_ids: list[int]) -> None:
+        self.seed = seed
+        self.output_token_ids = output_token_ids
+
+    def draw(self) -> int:
+        """A 31-bit seed for the next token's Gumbel noise: SplitMix64 of (seed, position) (Steele et al., 2014)."""
+        mask = (1 << 64) - 1
+        z = (self.seed + (len(self.output_token_ids) + 1) * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return (z ^ (z >> 31)) >> 33
+
+    def get_offset(self) -> int:
+        """There is no state to wind back when vLLM discards the sample of a half-prefilled prompt."""
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        """Nothing to do, see `get_offset`."""
+
+
+def batch_invariant_on_cpu() -> bool:
+    """Whether this process asked for vLLM's batch-invariant mode and runs on vLLM's CPU platform."""
+    from vllm.platforms import current_platform
+
+    return os.environ.get("VLLM_BATCH_INVARIANT") == "1" and current_platform.is_cpu()
+
+
+def apply() -> None:
+    """Applies every fix that this process needs; the second call changes nothing."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _seed_by_position()
+
+
+def _seed_by_position() -> None:
+    """Per-request seeds on the CPU.
+
+    Symptom: a request with a seed stops the engine when its prompt is prefilled in chunks ("CPU Generator does not use
+    offset").
+    Cause: GPUModelRunner winds the request's generator back by a CUDA offset, which a CPU generator does not have.
+    Here: the generator of a request is replaced by one without state, so that a sample also survives preemption.
+    Goes: when vLLM seeds CPU sampling by (seed, position).
+    """
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, TopKTopPSampler
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if "_update_states" in vars(CPUModelRunner):
+        return
+
+    def update_states(self, scheduler_output):
+        result = super(CPUModelRunner, self)._update_states(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            if request.generator is not None:
+                request.generator = CounterNoise(request.sampling_params.seed, request.output_token_ids)
+                self.input_batch.generators[self.input_batch.req_id_to_index[new.req_id]] = request.generator
+        return result
+
+    def forward_cpu(self, logits, generators, k, p):
+        logits = apply_top_k_top_p(logits, k, p)
+        returned = None
+        if self.logprobs_mode == "processed_logits":
+            returned = logits
+        elif self.logprobs_mode == "processed_logprobs":
+            returned = logits.log_softmax(dim=-1, dtype=torch.float32)
+        seeds = torch.randint(0, 2**31, (logits.shape[0],), dtype=torch.long)
+        for row, noise in generators.items():
+            seeds[row] = noise.draw()
+        return (torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), seeds), returned)
+
+    CPUModelRunner._update_states = update_states
+    TopKTopPSampler.forward_cpu = forward_cpu

@@ -1,0 +1,250 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The TOML sections this folder adds to torchtitan's JobConfig, and how a job config is read, checked and written."""
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tomli
+import tomli_w
+import torch
+from torchtitan.config import JobConfig as TitanJobConfig
+from torchtitan.config.manager import ConfigManager
+
+MODULE = "torchtitan.experiments.rl.unified.job_config"
+REPOSITORY = Path(__file__).resolve().parents[4]
+TRAIN_CONFIGS = Path(__file__).resolve().parent / "train_configs"
+
+
+@dataclass
+class RL:
+    mode: Literal["unified", "vllm_compat"] = "unified"
+    """Whose model generates: TorchTitan's own inside vLLM, or vLLM's own with the trainer reproducing its arithmetic"""
+
+    prompts_per_step: int = 16
+    """Prompts of one training step"""
+
+    group_size: int = 8
+    """Completions sampled for each prompt"""
+
+    microbatch_tokens: int = 4096
+    """Token budget of one packed microbatch (training.seq_len bounds one sequence, this bounds a batch of them)"""
+
+    log_samples: int = 4
+    """Completions a step written to samples.jsonl"""
+
+
+@dataclass
+class Data:
+    question_column: str = "question"
+    """Column of the dataset that holds the problem"""
+
+    answer_column: str = "answer"
+    """Column that holds the reference answer"""
+
+    overlong_prompts: Literal["drop", "error"] = "error"
+    """What to do with a prompt that leaves no room for sampling.max_tokens: drop and count it, or stop"""
+
+
+@dataclass
+class Sampling:
+    temperature: float = 1.0
+    """Log-probs on both sides are those of the distribution after temperature, top_k and top_p"""
+
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off"""
+
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 is off"""
+
+    max_tokens: int = 64
+    """Longest completion in tokens, EOS included"""
+
+
+@dataclass
+class Generator:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and KV cache in the engine"""
+
+    tensor_parallel_degree: int = 1
+    """Ranks that share one engine's model"""
+
+    kv_cache_gib: float = 0.25
+    """KV cache of one rank in GiB"""
+
+    block_size: int = 32
+    """Tokens of one KV cache block"""
+
+    max_num_seqs: int = 128
+    """Most requests that run at once"""
+
+    max_num_batched_tokens: int = 8192
+    """Most tokens of one engine step: the budget of chunked prefill"""
+
+    enable_prefix_caching: bool = True
+    """Reuse the KV cache of shared prefixes, within one policy version"""
+
+    num_threads: int = 0
+    """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
+
+    attention_backend: str = ""
+    """vLLM's attention backend on an accelerator, e.g. FLASH_ATTN; empty: vLLM's choice"""
+
+    timeout_seconds: float = 600
+    """Longest wait for one batch of completions"""
+
+
+@dataclass
+class Reward:
+    weights: dict[str, float] = field(default_factory=lambda: {"gsm8k": 1.0})
+    """Rewards by name (or dotted path of a function of yours) and their weights; a sample's reward is the sum"""
+
+    timeout_seconds: float = 10
+    """Longest time one sample's reward may take"""
+
+
+@dataclass
+class Advantage:
+    name: str = "grpo"
+    """Estimator, see advantage.py"""
+
+
+@dataclass
+class PolicyLoss:
+    name: str = "grpo"
+    """Loss, see loss.py"""
+
+    clip_low: float = 0.2
+    """Lower clip range of the probability ratio"""
+
+    clip_high: float = 0.2
+    """Upper clip range of the probability ratio"""
+
+
+@dataclass
+class Parity:
+    check: Literal["off", "report", "assert"] = "assert"
+    """Compare every sampled token's log-prob, generator against trainer: not at all, count mismatches, or stop at one.
+    "off" also lets the engine and the trainer run without batch-invariant arithmetic."""
+
+
+@dataclass
+class WeightSync:
+    transport: Literal["shared_memory"] = "shared_memory"
+    """How new weights reach the generator"""
+
+
+@dataclass
+class Trainer:
+    num_threads: int = 0
+    """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
+
+    timeout_seconds: float = 600
+    """Longest wait for one training step or weight update"""
+
+
+@dataclass
+class JobConfig(TitanJobConfig):
+    """torchtitan's JobConfig with the sections of this experiment."""
+
+    rl: RL = field(default_factory=RL)
+    data: Data = field(default_factory=Data)
+    sampling: Sampling = field(default_factory=Sampling)
+    generator: Generator = field(default_factory=Generator)
+    trainer: Trainer = field(default_factory=Trainer)
+    weight_sync: WeightSync = field(default_factory=WeightSync)
+    reward: Reward = field(default_factory=Reward)
+    advantage: Advantage = field(default_factory=Advantage)
+    policy_loss: PolicyLoss = field(default_factory=PolicyLoss)
+    parity: Parity = field(default_factory=Parity)
+
+
+def load_job_config(args: list[str]) -> JobConfig:
+    """Reads the TOML file that `args` names (this device's default without one) and the CLI's overrides.
+
+    Args:
+        args: command line, torchtitan's flags: `--job.config_file X.toml`, `--section.key value`.
+
+    Raises:
+        ValueError: names file, key, value and remedy for an unknown key, a wrong type or an unreadable file.
+    """
+    manager = ConfigManager(JobConfig)
+    if not any(arg.split("=")[0] in ("--job.config_file", "--job.config-file") for arg in args):
+        default = "qwen3_0.6b_unified.toml" if torch.cuda.is_available() else "debug_cpu.toml"
+        args = ["--job.config_file", str(TRAIN_CONFIGS / default), *args]
+    _check_file(args)
+    config = manager.parse_args(args)
+    config.job.config_file, config.job.custom_config_module = None, MODULE
+    config.model.hf_assets_path = _resolve(config.model.hf_assets_path)
+    if config.training.dataset_path is not None:
+        config.training.dataset_path = _resolve(config.training.dataset_path)
+    return config
+
+
+def write_toml(config: JobConfig, path: Path) -> None:
+    """Writes `config` as TOML that `--job.config_file` reads again; what is None is left out."""
+    path.write_text(tomli_w.dumps(_without_none(config.to_dict())))
+
+
+def _resolve(path: str) -> str:
+    """Absolute `path`; a relative one that is not below the working directory is looked for in the repository."""
+    in_repository = REPOSITORY / path
+    return os.path.abspath(path if os.path.exists(path) or not in_repository.exists() else in_repository)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _check_file(args: list[str]) -> None:
+    """torchtitan's manager takes any type from a TOML file and names no file in its errors: look before it does."""
+    words = [word for arg in args for word in arg.split("=", 1)]
+    name = next(words[i + 1] for i, word in enumerate(words) if word in ("--job.config_file", "--job.config-file"))
+    try:
+        with open(name, "rb") as file:
+            values = tomli.load(file)
+    except OSError as error:
+        raise ValueError(f"job config {name}: {error.strerror}; give an existing file to --job.config_file") from error
+    except tomli.TOMLDecodeError as error:
+        raise ValueError(f"job config {name} is not TOML: {error}") from error
+    _check_section(name, "", JobConfig, values)
+
+
+def _check_section(file: str, section: str, cls: type, values: dict[str, Any]) -> None:
+    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        where = f"{section}.{key}" if section else key
+        if key not in known:
+            kind = "key" if section else "section"
+            raise ValueError(f"job config {file}: unknown {kind} {where!r}; known here: {', '.join(sorted(known))}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"job config {file}: {where} = {value!r}, but {where!r} is a section: write [{where}]")
+            _check_section(file, where, hints[key], value)
+            continue
+        try:
+            pydantic.TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            wanted = _describe(hints[key])
+            raise ValueError(f"job config {file}: {where} = {value!r}, but it must be {wanted}") from error
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(part) for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

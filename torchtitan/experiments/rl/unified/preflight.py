@@ -1,0 +1,101 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What can be known to be wrong with a job before a process is spawned."""
+
+import math
+from pathlib import Path
+
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.loss import policy_loss
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.model.spec import check_checkpoint_fits
+from torchtitan.experiments.rl.unified.rollout.datasets import PromptDataset
+from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
+
+
+def trainer_ranks(config: JobConfig) -> int:
+    """Processes of the trainer mesh: the product of `[parallelism]`'s degrees."""
+    degrees = config.parallelism
+    return data_parallel_degree(config) * math.prod(
+        (degrees.tensor_parallel_degree, degrees.context_parallel_degree, degrees.pipeline_parallel_degree)
+    )
+
+
+def data_parallel_degree(config: JobConfig) -> int:
+    """Shares that the batch is cut into; a shard degree of -1 is torchtitan's "what is left", here 1."""
+    return config.parallelism.data_parallel_replicate_degree * max(1, config.parallelism.data_parallel_shard_degree)
+
+
+def check_checkpoint(config: JobConfig) -> None:
+    """The checkpoint directory exists and holds a model of the flavor.
+
+    Raises:
+        ValueError: says what is missing or names the fields that differ.
+    """
+    path = Path(config.model.hf_assets_path)
+    if not path.is_dir():
+        raise ValueError(f"no checkpoint directory {path} ([model] hf_assets_path): see scripts/download_hf_assets.py")
+    flavors = policy_train_spec(config.model.name).model_args
+    if config.model.flavor not in flavors:
+        raise ValueError(f"[model] flavor {config.model.flavor!r}: {config.model.name} has {', '.join(flavors)}")
+    check_checkpoint_fits(path / "config.json", flavors[config.model.flavor])
+
+
+def check_batch(config: JobConfig) -> None:
+    """The step's batch can be shared by the trainer's ranks, and its loss exists.
+
+    Raises:
+        ValueError: says which setting to change.
+    """
+    batch, degree = config.rl.prompts_per_step * config.rl.group_size, data_parallel_degree(config)
+    sizes = f"[rl] prompts_per_step {config.rl.prompts_per_step} x group_size {config.rl.group_size}"
+    if batch < 1:
+        raise ValueError(f"{sizes}: nothing to train on; both must be at least 1")
+    if batch % degree:
+        raise ValueError(
+            f"{batch} completions a step ({sizes}) cannot be shared equally by {degree} data-parallel trainer ranks "
+            f"([parallelism] data_parallel_*_degree): make the one a multiple of the other"
+        )
+    policy_loss(config.policy_loss.name, config.policy_loss.clip_low, config.policy_loss.clip_high)
+
+
+def load_prompts(config: JobConfig) -> PromptDataset:
+    """The job's prompts, checked to leave room for a completion.
+
+    Raises:
+        ValueError: for a dataset, tokenizer or context length that cannot work.
+    """
+    from transformers import AutoTokenizer
+
+    room = config.training.seq_len - config.sampling.max_tokens
+    if room < 1:
+        raise ValueError(
+            f"context too short: [training] seq_len {config.training.seq_len} leaves no room for a prompt before "
+            f"[sampling] max_tokens {config.sampling.max_tokens}; raise the one or lower the other"
+        )
+    try:
+        return PromptDataset(
+            config.training.dataset,
+            config.training.dataset_path,
+            AutoTokenizer.from_pretrained(config.model.hf_assets_path),
+            seed=config.debug.seed,
+            question_column=config.data.question_column,
+            answer_column=config.data.answer_column,
+            max_prompt_tokens=room,
+            long_prompts=config.data.overlong_prompts,
+        )
+    except ValueError as error:
+        if "longer than" in str(error):
+            raise ValueError(
+                f"context too short: [training] seq_len {config.training.seq_len} less [sampling] max_tokens "
+                f"{config.sampling.max_tokens} leaves {room} tokens for a prompt. {error}"
+            ) from error
+        raise
+
+
+def load_rewards(config: JobConfig) -> Rewards:
+    """The job's rewards; ValueError for one that does not exist."""
+    return Rewards(config.reward.weights, timeout_seconds=config.reward.timeout_seconds)

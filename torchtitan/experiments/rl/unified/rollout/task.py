@@ -1,0 +1,77 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What the policy is asked and how its answers are judged: prompts, seeds, rewards, advantages."""
+
+from dataclasses import dataclass
+
+import torch
+from torchtitan.experiments.rl.unified import preflight
+from torchtitan.experiments.rl.unified.advantage import advantage_estimator
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.rollout.datasets import Prompt
+from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, RewardResult
+from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of a step's trajectories, in their order.
+
+    Attributes:
+        rewards: total and parts of each.
+        advantages: fp32 (trajectories,).
+    """
+
+    rewards: list[RewardResult]
+    advantages: torch.Tensor
+
+
+class Task:
+    """The job's prompts and rewards. Everything that can be wrong with them is found on construction.
+
+    Args:
+        config: the job.
+
+    Raises:
+        ValueError: see preflight.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        preflight.check_checkpoint(config)
+        preflight.check_batch(config)
+        self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
+        self.rewards = preflight.load_rewards(config)
+        self.prompts = preflight.load_prompts(config)
+        self._asked: list[Prompt] = []
+
+    def next_requests(self) -> list[Request]:
+        """The next step's requests: `group_size` in a row for each of `prompts_per_step` prompts."""
+        self._asked = self.prompts.next_batch(self.config.rl.prompts_per_step)
+        return [self._request(prompt, sample) for prompt in self._asked for sample in range(self.config.rl.group_size)]
+
+    def score(self, trajectories: list[Trajectory]) -> Scored:
+        """Rewards and advantages of the completions of the last requests, in their order."""
+        asked = [prompt for prompt in self._asked for _ in range(self.config.rl.group_size)]
+        rewards = self.rewards.score(
+            [
+                RewardInput(
+                    prompt=prompt.text,
+                    completion=trajectory.text,
+                    answer=prompt.answer,
+                    completion_tokens=len(trajectory.completion_ids),
+                    truncated=trajectory.truncated,
+                    max_completion_tokens=self.config.sampling.max_tokens,
+                )
+                for prompt, trajectory in zip(asked, trajectories, strict=True)
+            ]
+        )
+        rewards_PG = torch.tensor([r.total for r in rewards]).view(len(self._asked), self.config.rl.group_size)
+        return Scored(rewards, self.estimate(rewards_PG).flatten())
+
+    def _request(self, prompt: Prompt, sample: int) -> Request:
+        uid = f"epoch {prompt.epoch} row {prompt.row}"
+        return Request(uid, sample, list(prompt.prompt_ids), completion_seed(self.config.debug.seed, uid, sample))

@@ -1,0 +1,59 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What a generator hands to a trainer: sampled tokens as they were sampled, never text that would be tokenised again."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample.
+
+    Attributes:
+        uid: names the prompt and its place in the run, e.g. "epoch 0 row 17".
+        sample: index of the completion in its prompt's group.
+        prompt_ids: token ids of the prompt.
+        seed: of this completion's sampling.
+    """
+
+    uid: str
+    sample: int
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled completion.
+
+    Attributes:
+        request: what was asked for.
+        completion_ids: the sampled token ids, a sampled EOS included.
+        logprobs: fp32 (tokens,), the generator's log-prob of each of them, of the distribution sampled from.
+        policy_version: of the weights that sampled them.
+        finish_reason: "stop" (EOS or a stop string) or "length" (truncated).
+        text: the completion, decoded once for rewards and reports.
+    """
+
+    request: Request
+    completion_ids: list[int]
+    logprobs: torch.Tensor
+    policy_version: int
+    finish_reason: str
+    text: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def completion_seed(run_seed: int, uid: str, sample: int) -> int:
+    """The 63-bit sampling seed of one completion, a hash of the run's seed, the prompt and the sample's index."""
+    digest = hashlib.blake2b(f"{run_seed}/{uid}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
