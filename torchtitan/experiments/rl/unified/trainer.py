@@ -72,6 +72,10 @@ class RLTrainer(Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
         job_config.model.name = _register_policy(job_config.model.name)
+        # The first weights are the checkpoint's in Hugging Face layout; without [checkpoint] enable nothing is saved.
+        job_config.checkpoint.initial_load_in_hf = True
+        if not job_config.checkpoint.enable:
+            job_config.checkpoint.enable = job_config.checkpoint.load_only = True
         super().__init__(job_config)
         # Mixed precision must cast the same tensors in trainer and generator; autocast would choose op by op.
         self.maybe_enable_amp = contextlib.nullcontext()
@@ -81,6 +85,10 @@ class RLTrainer(Trainer):
         self._trajectories: list[Trajectory] = []
         # DDP averages gradients; a sum over the step's tokens wants their sum.
         self.gradient_scale = self.parallel_dims.dp_replicate if self.parallel_dims.dp_replicate_enabled else 1
+
+    def load(self) -> None:
+        """Loads the newest checkpoint of the run, or the weights that training starts from."""
+        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
 
     def step_on(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> StepResult:
         """Takes one optimizer step on this rank's share of `trajectories`.

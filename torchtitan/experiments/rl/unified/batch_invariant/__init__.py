@@ -1,0 +1,2 @@
+import contextlib
+batch_invariant_mode = contextlib.nullcontext
