@@ -34,7 +34,7 @@ class Generator:
         generator = job_config.generator
         self.engine = build_engine(
             job_config.model.hf_assets_path,
-            architecture=job_config.rl.mode,
+            mode=job_config.rl.mode,
             model_name=job_config.model.name,
             flavor=job_config.model.flavor,
             max_model_len=job_config.training.seq_len,
@@ -136,7 +136,7 @@ def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, quiet: b
 def build_engine(
     checkpoint: str,
     *,
-    architecture: str,
+    mode: str,
     model_name: str,
     flavor: str,
     max_model_len: int,
@@ -152,7 +152,7 @@ def build_engine(
 
     return LLM(
         checkpoint,
-        hf_overrides={"architectures": [ARCHITECTURES[architecture]]},
+        hf_overrides={"architectures": [ARCHITECTURES[mode]]},
         additional_config={"torchtitan": {"name": model_name, "flavor": flavor}},
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_degree,

@@ -185,9 +185,9 @@ def load_job_config(args: list[str]) -> JobConfig:
     _check_file(args)
     config = manager.parse_args(args)
     config.job.config_file, config.job.custom_config_module = None, MODULE
-    config.model.hf_assets_path = _resolve(config.model.hf_assets_path)
+    config.model.hf_assets_path = resolve_path(config.model.hf_assets_path)
     if config.training.dataset_path is not None:
-        config.training.dataset_path = _resolve(config.training.dataset_path)
+        config.training.dataset_path = resolve_path(config.training.dataset_path)
     return config
 
 
@@ -196,7 +196,7 @@ def write_toml(config: JobConfig, path: Path) -> None:
     path.write_text(tomli_w.dumps(_without_none(config.to_dict())))
 
 
-def _resolve(path: str) -> str:
+def resolve_path(path: str) -> str:
     """Absolute `path`; a relative one that is not below the working directory is looked for in the repository."""
     in_repository = REPOSITORY / path
     return os.path.abspath(path if os.path.exists(path) or not in_repository.exists() else in_repository)

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from torchtitan.experiments.rl.unified.infra.process import honour_environment, quiet_libraries
+from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.parity import ParityError
 
 
 async def train(config: JobConfig, meshes, record, task) -> None:
@@ -65,7 +67,7 @@ def main(args: list[str]) -> int:
         config = load_job_config(args)
         honour_environment(config)
         print(asyncio.run(run(config)))
-    except ValueError as error:
+    except (ValueError, ParityError, WeightTransferError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,10 +6,12 @@
 """The processes of a job, as Monarch meshes, and calls on them that always end."""
 
 import asyncio
+import logging
 from typing import Any
 
+import monarch.actor
 import torch
-from monarch.actor import this_host
+from monarch.actor import ActorError, MeshFailure, this_host
 from monarch.spmd import setup_torch_elastic_env_async
 from torchtitan.experiments.rl.unified.actors.generator import GeneratorActor
 from torchtitan.experiments.rl.unified.actors.trainer import TrainerActor
@@ -17,6 +19,8 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import WeightUpdat
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.preflight import trainer_ranks
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class Meshes:
@@ -30,6 +34,8 @@ class Meshes:
         self.config = config
 
     async def __aenter__(self) -> "Meshes":
+        # Monarch would interrupt this process when an actor fails; here the call that waits for the actor fails.
+        self._fault_hook, monarch.actor.unhandled_fault_hook = monarch.actor.unhandled_fault_hook, _log_fault
         host = this_host()
         self._trainer_procs = host.spawn_procs(per_host={"ranks": trainer_ranks(self.config)}, name="trainer")
         self._generator_procs = host.spawn_procs(per_host={"ranks": 1}, name="generator")
@@ -80,6 +86,11 @@ class Meshes:
     async def _stop(self) -> None:
         await self._generator_procs.stop()
         await self._trainer_procs.stop()
+        monarch.actor.unhandled_fault_hook = self._fault_hook
+
+
+def _log_fault(failure: MeshFailure) -> None:
+    logger.warning("an actor failed: %s", failure)
 
 
 def _rank0(values) -> Any:
@@ -87,7 +98,7 @@ def _rank0(values) -> Any:
 
 
 async def _answer(future, seconds: float, what: str) -> Any:
-    """What `future` gives, or TimeoutError that says what was waited for."""
+    """What `future` gives; raises what the actor raised, or TimeoutError that says what was waited for."""
 
     async def wait():
         return await future
@@ -96,3 +107,5 @@ async def _answer(future, seconds: float, what: str) -> Any:
         return await asyncio.wait_for(wait(), seconds)
     except asyncio.TimeoutError as error:
         raise TimeoutError(f"waited {seconds:.0f} s for {what}; nothing came") from error
+    except ActorError as error:
+        raise error.exception from error

@@ -7,8 +7,10 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
-from torchtitan.experiments.rl.unified.model.spec import register_train_specs
+from torchtitan.experiments.rl.unified.model.spec import check_checkpoint_fits, register_train_specs
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec, TrainSpec
 
 
@@ -26,3 +28,22 @@ def policy_train_spec(name: str) -> TrainSpec:
             raise ValueError(f"model {name} {flavor} has no attn_type: its attention cannot run on packed sequences")
         args.attn_type, args.attn_mask_type = "varlen", "block_causal"
     return dataclasses.replace(spec, model_args=model_args)
+
+
+def flavor_of_checkpoint(name: str, checkpoint: str) -> tuple[str, BaseModelArgs]:
+    """The flavor of TrainSpec `name` that the checkpoint's config.json describes, and its model args.
+
+    Raises:
+        ValueError: no such directory or config.json, or it fits no flavor; says how it differs from the nearest one.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"no checkpoint directory {checkpoint}: see scripts/download_hf_assets.py")
+    misfits = []
+    for flavor, args in policy_train_spec(name).model_args.items():
+        try:
+            check_checkpoint_fits(Path(checkpoint) / "config.json", args)
+            return flavor, args
+        except ValueError as error:
+            misfits.append((str(error).count(";"), flavor, str(error)))
+    _, flavor, error = min(misfits)
+    raise ValueError(f"{checkpoint} fits no flavor of {name}; the nearest is {flavor}: {error}")

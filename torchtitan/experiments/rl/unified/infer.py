@@ -1,0 +1,100 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Generate text with a TorchTitan model inside vLLM: `python infer.py --model-ckpt-path DIR --prompt TEXT`.
+
+The model class, its parameters and its arithmetic come from the TrainSpec; vLLM brings batching, the paged KV cache and
+sampling. Without arguments it answers one of the tiny checkpoint's word problems.
+"""
+
+import argparse
+import sys
+
+from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torchtitan.experiments.rl.unified.job_config import resolve_path
+from torchtitan.experiments.rl.unified.model.policy import flavor_of_checkpoint
+
+MODEL_NAME = "qwen3"
+
+
+def parse_args(args: list[str]) -> argparse.Namespace:
+    """The command line; every flag has a default that works offline."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-ckpt-path", default="tests/assets/qwen3_tiny", help="directory in Hugging Face layout")
+    parser.add_argument(
+        "--prompt",
+        default="Ada has 12 eggs, buys 3 bags of 4 eggs and gives 5 to Ben. How many eggs does Ada have now?",
+    )
+    parser.add_argument("--raw", action="store_true", help="give the prompt to the model without the chat template")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest completion")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that share the model")
+    return parser.parse_args(args)
+
+
+def generate(args: argparse.Namespace) -> tuple[str, str]:
+    """Returns what the model read and what it wrote.
+
+    Raises:
+        ValueError: for a checkpoint that is not there or fits no flavor, or a prompt that does not fit.
+    """
+    checkpoint = resolve_path(args.model_ckpt_path)
+    flavor, model_args = flavor_of_checkpoint(MODEL_NAME, checkpoint)
+    if args.tensor_parallel_size < 1 or model_args.n_kv_heads % args.tensor_parallel_size:
+        raise ValueError(
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {model_args.n_kv_heads} "
+            "key/value heads"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompt = args.prompt
+    if tokenizer.chat_template and not args.raw:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
+    max_model_len = min(len(prompt_ids) + args.max_tokens, model_args.max_seq_len)
+    if args.max_tokens < 1 or max_model_len < len(prompt_ids) + args.max_tokens:
+        raise ValueError(
+            f"a prompt of {len(prompt_ids)} tokens and --max-tokens {args.max_tokens} do not fit the model's context of "
+            f"{model_args.max_seq_len}"
+        )
+
+    from torchtitan.experiments.rl.unified.generator import build_engine
+
+    engine = build_engine(
+        checkpoint,
+        mode="unified",
+        model_name=MODEL_NAME,
+        flavor=flavor,
+        max_model_len=max_model_len,
+        tensor_parallel_degree=args.tensor_parallel_size,
+        batch_invariant=True,
+        quiet=True,
+        kv_cache_memory_bytes=2**28,
+        block_size=32,
+    )
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    output = engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, use_tqdm=False)[0]
+    return prompt, output.outputs[0].text
+
+
+def main(args: list[str]) -> int:
+    """Prints prompt and text; exit status 1 with one line of error for bad input."""
+    quiet_libraries()
+    try:
+        prompt, text = generate(parse_args(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Prompt: {prompt}\nText: {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
