@@ -12,7 +12,7 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# The last release that pip itself fetches; torch is not where uv looks on every machine, so pip fetches that too.
+# Where torch's CPU builds are, for machines whose own pip settings do not offer one.
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 die() {
@@ -30,7 +30,7 @@ pinned() { # NAME -> NAME==VERSION, from the constraints
 
 logged() { # run a command, its output into the log
     echo "+ $*" >>"$ROOT/.venv.log"
-    "$@" >>"$ROOT/.venv.log" 2>&1 9>&-
+    "$@" >>"$ROOT/.venv.log" 2>&1
 }
 
 step() { # WHAT COMMAND...: a logged command that must work
@@ -41,12 +41,12 @@ step() { # WHAT COMMAND...: a logged command that must work
     }
 }
 
-wanted_stamp() {
+wanted_stamp() ( # in a subshell: the caller keeps its working directory
     echo "$ROOT"
     cd "$ROOT"
     sha256sum pyproject.toml scripts/constraints-cpu.txt scripts/setup_env.sh \
         torchtitan/experiments/rl/_import_hook/torchtitan_rl_unified.pth
-}
+)
 
 is_current() {
     [[ -x $ROOT/.venv/bin/python && "$(cat "$ROOT/.venv/setup-stamp" 2>/dev/null)" == "$(wanted_stamp)" ]]

@@ -1,2 +1,10 @@
-import contextlib
-batch_invariant_mode = contextlib.nullcontext
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Forward arithmetic in which a row has the same bits whatever the other rows are."""
+
+from torchtitan.experiments.rl.unified.batch_invariant.mode import batch_invariant_mode
+
+__all__ = ["batch_invariant_mode"]

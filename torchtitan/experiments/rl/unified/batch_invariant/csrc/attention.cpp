@@ -22,6 +22,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -42,6 +43,7 @@ constexpr int kTile = 64;                  // keys a softmax step takes
 constexpr int kSub = 32;                   // keys that lie side by side in memory: K is stored as [.., D, kSub]
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kTaskRows = 96;              // rows (query tokens x heads of the group) of one task
+constexpr int kWidenRows = 2 * kRows;      // above this many rows a bf16 tile is converted once for all
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -294,6 +296,7 @@ struct Rows {
   float* s;  // [rows, kTile]
   Vec* l;    // [rows], lane-wise sums of the probabilities
   float* m;  // [rows], running maxima, base 2
+  float* wide;  // room for a tile of keys and values in fp32
   int rows;
   int group;
   int first;
@@ -327,6 +330,39 @@ void softmax_row(float* s, int vecs, Vec& l, float& m, float* o, int64_t d_size)
   }
 }
 
+void widen(const bf16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kLanes) store(to + i, load(from + i));
+}
+
+// One tile of n keys: scores, softmax, values, for rows r0 and on. v0 and v1 are the tile's two runs of values.
+template <class T>
+void attend_tile(const Rows& x, int start, int n, const T* k0, const T* k1, const T* v0, const T* v1, int64_t v_row,
+                 int64_t d_size) {
+  const int vecs = (n + kLanes - 1) / kLanes;
+  const int r0 = x.first_row(start);
+  scores(x.q + r0 * d_size, x.rows - r0, d_size, k0, k1, n, x.s + r0 * kTile);
+  for (int r = r0; r < x.rows; r++) {
+    const int seen = x.visible(r) - start;
+    if (seen < vecs * kLanes) mask_row(x.s + r * kTile, seen, vecs);
+    softmax_row(x.s + r * kTile, vecs, x.l[r], x.m[r], x.o + r * d_size, d_size);
+  }
+  const int n0 = n <= kSub || v1 == v0 + kSub * v_row ? n : kSub;
+  const float* p = x.s + r0 * kTile;
+  axpy(p, kTile, 1, x.rows - r0, v0, v_row, n0, x.o + r0 * d_size, d_size);
+  if (n0 < n) axpy(p + n0, kTile, 1, x.rows - r0, v1, v_row, n - n0, x.o + r0 * d_size, d_size);
+}
+
+// The same over a copy of the tile in fp32: many rows then share the conversion. Same bits.
+void attend_widened(const Rows& x, int start, int n, const bf16* k0, const bf16* k1, const bf16* v0, const bf16* v1,
+                    int64_t v_row, int64_t d_size) {
+  const int64_t run = kSub * d_size;
+  widen(k0, run, x.wide);
+  if (n > kSub) widen(k1, run, x.wide + run);
+  float* v = x.wide + 2 * run;
+  for (int j = 0; j < n; j++) widen(j < kSub ? v0 + j * v_row : v1 + (j - kSub) * v_row, d_size, v + j * d_size);
+  attend_tile(x, start, n, x.wide, x.wide + run, v, v + run, d_size, d_size);
+}
+
 template <class T>
 void attend(const Rows& x, const Keys<T>& keys, int64_t d_size) {
   std::fill(x.o, x.o + x.rows * d_size, 0.f);
@@ -335,23 +371,17 @@ void attend(const Rows& x, const Keys<T>& keys, int64_t d_size) {
   const int end = x.visible(x.rows - 1);
   for (int start = 0; start < end; start += kTile) {
     const int n = std::min(kTile, end - start);
-    const int vecs = (n + kLanes - 1) / kLanes;
-    const int r0 = x.first_row(start);
     const int run = start / kSub;
     const int next = n > kSub ? run + 1 : run;  // the second run may not be there
-    scores(x.q + r0 * d_size, x.rows - r0, d_size, keys.key_run(run), keys.key_run(next), n, x.s + r0 * kTile);
-    for (int r = r0; r < x.rows; r++) {
-      const int seen = x.visible(r) - start;
-      if (seen < vecs * kLanes) mask_row(x.s + r * kTile, seen, vecs);
-      softmax_row(x.s + r * kTile, vecs, x.l[r], x.m[r], x.o + r * d_size, d_size);
+    const T *k0 = keys.key_run(run), *k1 = keys.key_run(next);
+    const T *v0 = keys.value_run(run), *v1 = keys.value_run(next);
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (x.rows > kWidenRows) {
+        attend_widened(x, start, n, k0, k1, v0, v1, keys.v_row, d_size);
+        continue;
+      }
     }
-    const T* v0 = keys.value_run(run);
-    const T* v1 = keys.value_run(next);
-    const bool joined = n <= kSub || v1 == v0 + kSub * keys.v_row;
-    const int n0 = joined ? n : kSub;
-    const float* p = x.s + r0 * kTile;
-    axpy(p, kTile, 1, x.rows - r0, v0, keys.v_row, n0, x.o + r0 * d_size, d_size);
-    if (!joined) axpy(p + kSub, kTile, 1, x.rows - r0, v1, keys.v_row, n - n0, x.o + r0 * d_size, d_size);
+    attend_tile(x, start, n, k0, k1, v0, v1, keys.v_row, d_size);
   }
 }
 
@@ -416,13 +446,14 @@ void run_task(const Batch<T>& b, const Task& task, int kv_head, const Keys<T>& k
   const int rows = task.tokens * b.group;
   const int64_t d = b.d_size;
   scratch.reserve(2 * Scratch::size<float>(rows * d) + Scratch::size<float>(rows * kTile) + Scratch::size<Vec>(rows) +
-                  Scratch::size<float>(rows));
+                  Scratch::size<float>(rows) + Scratch::size<float>(2 * kTile * d));
   Rows x;
   x.q = scratch.take<float>(rows * d);
   x.o = scratch.take<float>(rows * d);
   x.s = scratch.take<float>(rows * kTile);
   x.l = scratch.take<Vec>(rows);
   x.m = scratch.take<float>(rows);
+  x.wide = scratch.take<float>(2 * kTile * d);
   x.rows = rows;
   x.group = b.group;
   const int32_t start = b.starts[task.sequence];
