@@ -30,9 +30,7 @@ class _Finder:
         from importlib.util import spec_from_file_location
 
         folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        return spec_from_file_location(
-            name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
-        )
+        return spec_from_file_location(name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
 
 
 def install() -> None:

@@ -25,10 +25,9 @@ class Generator:
 
     Args:
         job_config: the job.
-        quiet: keep vLLM's log at errors.
     """
 
-    def __init__(self, job_config: JobConfig, quiet: bool = True) -> None:
+    def __init__(self, job_config: JobConfig) -> None:
         self.config = job_config
         self.policy_version = -1
         generator = job_config.generator
@@ -40,7 +39,7 @@ class Generator:
             max_model_len=job_config.training.seq_len,
             tensor_parallel_degree=generator.tensor_parallel_degree,
             batch_invariant=job_config.parity.check != "off",
-            quiet=quiet,
+            num_threads=generator.num_threads,
             dtype=generator.dtype,
             kv_cache_memory_bytes=int(generator.kv_cache_gib * 2**30),
             block_size=generator.block_size,
@@ -103,20 +102,16 @@ class PolicyWorker:
             self.model_runner.get_model().update_weights(weights)
 
 
-def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, quiet: bool, num_threads: int = 0) -> None:
+def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_threads: int = 0) -> None:
     """Sets what vLLM reads from the environment; call it before vLLM is imported in this process.
 
     Args:
         tensor_parallel_degree: ranks of the engine.
         batch_invariant: ask vLLM for batch-invariant arithmetic.
-        quiet: errors only in vLLM's log.
         num_threads: CPU threads of a rank; 0 shares this machine's cores among the ranks.
     """
     os.environ["VLLM_BATCH_INVARIANT"] = "1" if batch_invariant else "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    if quiet:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
     if torch.cuda.is_available():
         return
     # Nothing here runs long enough to earn back what torch.compile costs, and compiled code has bits of its own.
@@ -142,11 +137,11 @@ def build_engine(
     max_model_len: int,
     tensor_parallel_degree: int,
     batch_invariant: bool,
-    quiet: bool,
+    num_threads: int = 0,
     **engine_args: Any,
 ) -> "LLM":
     """A vLLM engine that runs the policy in `checkpoint`, a directory in Hugging Face layout."""
-    prepare_process(tensor_parallel_degree, batch_invariant, quiet)
+    prepare_process(tensor_parallel_degree, batch_invariant, num_threads)
     from torchtitan.experiments.rl.unified.model.plugin import ARCHITECTURES
     from vllm import LLM
 
@@ -160,5 +155,6 @@ def build_engine(
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{PolicyWorker.__module__}.{PolicyWorker.__qualname__}",
         generation_config="vllm",
+        use_tqdm_on_load=False,
         **engine_args,
     )

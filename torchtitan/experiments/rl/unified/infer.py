@@ -73,7 +73,6 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         max_model_len=max_model_len,
         tensor_parallel_degree=args.tensor_parallel_size,
         batch_invariant=True,
-        quiet=True,
         kv_cache_memory_bytes=2**28,
         block_size=32,
     )

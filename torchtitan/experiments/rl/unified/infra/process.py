@@ -20,14 +20,20 @@ def threads_of_rank(ranks: int) -> int:
 
 
 def quiet_libraries() -> None:
-    """Libraries speak at warning level, unless the user set RL_VERBOSE=1."""
+    """Libraries speak of errors only, in this process and those it starts, unless the user set RL_VERBOSE=1."""
     # Threads that wait for work must not hold the core another process computes on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("RL_VERBOSE") == "1":
         return
+    for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    # vLLM takes its level from the environment, but only once an engine is built.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    # torchtitan warns of each checkpoint that is one file and so has no index.
+    logging.getLogger().addFilter(lambda record: "index.json not found at hf_assets_path" not in record.getMessage())
 
 
 def honour_environment(config: JobConfig) -> None:

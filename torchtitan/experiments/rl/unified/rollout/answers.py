@@ -9,8 +9,9 @@ Where the answer is: after the last `####` or in the last `\boxed{}` that closes
 nothing after them say nothing. Without a mark there is no answer.
 
 Which number it is: the first on the line. What follows it (units, words, a remark) is commentary, so that listing
-several numbers wins nothing. An equation's answer is its right side, a label's what follows the label ("Answer:",
-"the total is"). A line of prose with several numbers and no label names none of them as the answer: rejected.
+several numbers wins nothing. Where words come first, a label says where the number is ("Answer:", "x =", "the total
+is"); prose with several numbers and no label names none of them: rejected. Arithmetic counts by what it comes to: what
+is right of its equals sign.
 
 What a number is: optional sign and currency, thousands grouped by commas, spaces, apostrophes or underscores (Western
 or Indian), decimals, `a/b`, `3 1/2`, `\frac{a}{b}`, vulgar fractions, `1e3`, `1.2 x 10^3`, digits of any script. A
@@ -30,7 +31,7 @@ import unicodedata
 from fractions import Fraction
 
 # Far longer than any answer. It bounds the patterns below, some of which are quadratic in a line's length.
-MAX_CHARS = 1000
+MAX_CHARS = 500
 # Boxes that never close are passed over; a text of nothing else must not cost a scan for each of them.
 MAX_BOXES = 16
 MAX_EXPONENT = 400
@@ -56,13 +57,13 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u00d7\u22c5\u00b7\u2217", "*"),
         **dict.fromkeys("\u2248\u2245\u2192\u21d2\uff1d", "="),
         **{"\u00f7": "/", "\uff0b": "+", "\uff0e": ".", "\uff0c": ",", "\uff05": "%", "\uff1a": ":"},
-        **{"\u066b": ".", "\u066c": ",", "\uff03": "#"},
+        **{"\u066b": ".", "\u066c": ","},
     }
 )
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"\\[,;: ]|~", " "),
+        (r"\\[,;: \\]|~", " "),
         (r"\\!", ""),
         (r"\{,\}", ","),
         (r"\\[()\[\]]|\\left|\\right|\\displaystyle|\\q?quad", " "),
@@ -85,12 +86,14 @@ _MARKUP = [
         (r"\b[A-Z]{1,3}(?=\$)|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\b\.?)(?=[ $]*[-+.]?\d)", ""),
         (r"\$", " "),
         (r"(?i)\b(?:minus|negative)\s+(?=[.\d])", "-"),
+        # One space may group digits, more cannot; and a bound on runs of them is one on backtracking below.
+        (r"[^\S\n]{2,}", "  "),
     ]
 ]
 
 _DIGITS = r"(?:\d{1,3}(?: \d{3})+(?:\.\d+)?(?![\d,'_]|\s?/)|\.?\d+(?:[.,'_]\d+)*)"
 _NUMBER = re.compile(
-    r"(?P<whole>\d+)[ -](?P<top>\d+)\s?/\s?(?P<bottom>\d+)"
+    r"(?P<whole>\d+) (?P<top>\d+)\s?/\s?(?P<bottom>\d+)"
     rf"|(?P<value>{_DIGITS})(?:[eE](?P<exponent>[-+]?\d+))?"
     rf"(?:\s?/\s?(?P<divisor>-?{_DIGITS}))?(?:\s?[*xX]\s?10\s?\^\s?(?P<power>[-+]?\s?\d+))?"
 )
@@ -105,18 +108,17 @@ _WRITTEN = [
     (re.compile(r"\d{1,3}(?:\.\d{3}){2,}"), lambda text: text.replace(".", "")),
 ]
 
-# What may stand right before a number and its sign, and what must not follow it: more digits, more arithmetic, a
-# second number.
-_BEFORE = re.compile(r"(?:^|[\s(\[\"'*_`:=#|])\s*(?P<sign>[-+]?)\s*$")
+# What may stand right before a number and its sign; letters, hyphens, inequalities and operators make it another thing.
+_BEFORE = " \t\r([\"'*_`:=#|"
+_RELATIONS = ("<", ">", "\u2260", "\u2264", "\u2265", "\u00b1", "\u221a")
+# What makes a number part of something longer: more digits, arithmetic, a second number beside it.
 _CONTINUES = re.compile(
-    r"\d|[.,:/'_]\d|[\u00b2\u00b3\u00b9\u2070-\u2079]|\s*(?:\^|\\|\u221a|\u03c0|\u00b1)|\s*\(\s*\d"
-    r"|(?:\s*[a-zA-Z%]{1,20}[.]?)?\s*(?:[-+*/]|[xX](?![a-wyzA-WYZ]))\s*[-(]?\s*[.\d]"
+    r"\d|[.,:/'_]\d|[\u00b2\u00b3\u00b9\u2070-\u2079]|\s*[\^\\\u221a\u03c0\u00b1]|\(\s*\d|\s*%\s*of\s+[.\d]"
+    r"|(?:\s*[a-zA-Z%]{1,20}[.]?)?\s*(?:\+/-|[-+*/]|[xX](?![a-wyzA-WYZ]))\s*[-(]?\s*[.\d]"
     r"|\s*(?:[,;&]|,?\s*\b(?:to|or|and)\b)?\s*[-+]?[.]?\d"
 )
+_LABEL = re.compile(r".*?(?:=|:(?!\d)|\b(?:is|are|was|be|equals)\b)(?=.*\d)")
 _SCALE = re.compile(rf"[\s-]*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
-_ASIDE = re.compile(r"(?<=\d)\s+[(\[].*")
-_LABEL = re.compile(r".*(?::\s|:(?=\$)|:$|\b(?:is|are|was|equals|be)\b)(?=.*\d)\s*")
-_OPERATOR = re.compile(r"[-+*/^]|[\dA-Za-z]\s*[xX]\s*\d")
 
 
 def answer_values(text: str, truncated: bool = False) -> frozenset[Fraction]:
@@ -126,40 +128,47 @@ def answer_values(text: str, truncated: bool = False) -> frozenset[Fraction]:
         text: a worked solution.
         truncated: the text was cut off, so a number at its very end may have lost digits.
     """
-    segment, boxed = _final_segment(text)
-    return _read_segment(segment, open_ended=truncated and not boxed)
+    segment, complete = _final_segment(text)
+    return _read_segment(segment, open_ended=truncated and not complete)
 
 
 def reference_values(answer: str) -> frozenset[Fraction]:
     """The values of a reference answer: a worked solution with a mark, or the bare number."""
-    return answer_values(answer) or _read_segment(answer[:MAX_CHARS], open_ended=False)
+    segment, _ = _final_segment(answer)
+    return _read_segment(segment or _head(answer), open_ended=False)
 
 
 def _final_segment(text: str) -> tuple[str, bool]:
-    """What stands behind the last mark that has something behind it, and whether that mark is a box."""
-    text = text.rstrip(" \t\r\n#\uff03")
-    hashes = text.rfind("####")
-    box, end = len(text), 0
+    """What stands behind the last mark that has something behind it, and whether it is seen to be all there."""
+    stripped = text.rstrip(" \t\r\n#")
+    hashes = stripped.rfind("####")
+    box = len(stripped)
     for _ in range(MAX_BOXES):
-        box = text.rfind("\\boxed", max(hashes, 0), box)
+        box = stripped.rfind("\\boxed", max(hashes, 0), box)
         if box < 0:
             break
-        content = _braced(text[box + len("\\boxed") :][: MAX_CHARS + 1])
-        if content.strip():
+        if content := _braced(stripped[box + len("\\boxed") :][: MAX_CHARS + 2]):
             return content, True
-    if hashes < 0:
-        return "", False
-    return text[hashes + 4 :].lstrip("# \t\r\n")[:MAX_CHARS], False
+    segment = _head(stripped[hashes + len("####") :].lstrip("# \t\r\n")) if hashes >= 0 else ""
+    return segment, not set("\n#").isdisjoint(text[len(stripped) :])
+
+
+def _head(text: str) -> str:
+    """The first MAX_CHARS characters of `text`, less the word that this would cut in two."""
+    if len(text) <= MAX_CHARS:
+        return text
+    head = text[:MAX_CHARS]
+    return head.removesuffix(head.split()[-1]) if head.strip() else ""
 
 
 def _braced(text: str) -> str:
-    """The content of the braces that `text` starts with; empty where they never close."""
+    """The content of the braces that `text` starts with; empty where they never close or hold only blanks."""
     text = text.lstrip()
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return text[1:i]
+            return text[1:i].strip()
     return ""
 
 
@@ -193,32 +202,46 @@ def _plain_character(character: str) -> str:
 
 
 def _read_line(line: str, open_ended: bool) -> frozenset[Fraction]:
-    line = _answer_part(line)
-    number = _NUMBER.search(line)
+    number = _answer_number(line)
     if number is None:
         return frozenset()
-    head, tail = line[: number.start()], line[number.end() :]
-    before = _BEFORE.search(head)
-    value = _value(number)
-    names_several = re.search(r"[a-zA-Z]{2}", head) and re.search(r"\d", tail)
+    head, tail = number.string[: number.start()], number.string[number.end() :]
+    sign, value = _sign(head), _value(number)
+    names_several = re.search(r"[^\W\d_]{2}", head) and re.search(r"\d", tail)
     unfinished = open_ended and not re.search(r"[^\W\d_]", tail)
-    if before is None or value is None or _CONTINUES.match(tail) or "\\" in head or names_several or unfinished:
+    if not sign or value is None or names_several or unfinished:
         return frozenset()
-    if before["sign"] == "-":
-        value = -value
     scale = _SCALE.match(tail)
-    return frozenset({value, value * _SCALES[scale[1].lower()]} if scale else {value})
+    return frozenset({sign * value, sign * value * _SCALES[scale[1].lower()]} if scale else {sign * value})
 
 
-def _answer_part(line: str) -> str:
-    """The part of `line` that gives the answer: behind a label, right of an equation, without an aside."""
-    line = _ASIDE.sub("", line)
-    left, equals, right = line.rpartition("=")
-    if equals and re.search(r"\d", right) and (_OPERATOR.search(left) or not re.search(r"\d", left)):
-        line = right
-    if re.match(r"\W*[a-zA-Z]", line):
-        line = _LABEL.sub("", line, count=1)
-    return line
+def _answer_number(line: str) -> re.Match[str] | None:
+    """The number that `line` gives as its answer: the first, or the first behind labels and arithmetic."""
+    while number := _NUMBER.search(line):
+        label = _LABEL.match(line) if re.search(r"[^\W\d_]", line[: number.start()]) else None
+        tail = line[number.end() :]
+        if label:
+            line = line[label.end() :]
+        elif _CONTINUES.match(tail) or ("/" in number[0] and re.match(r"\s*=.*\d", tail)):
+            line = tail.partition("=")[2]
+        else:
+            return number
+    return None
+
+
+def _sign(head: str) -> int:
+    """1 or -1 for what stands before a number, 0 if it makes it something else than a number."""
+    bare = head.rstrip()
+    if bare.endswith(_RELATIONS) or "\\" in head:
+        return 0
+    if not bare.endswith(("-", "+")):
+        return int(not head or head[-1] in _BEFORE)
+    rest = bare[:-1]
+    if rest and rest[-1] not in _BEFORE:
+        return 0
+    # "Answer - 5": a dash with space on both sides is punctuation.
+    dash = rest.strip() and bare != head
+    return -1 if bare[-1] == "-" and not dash else 1
 
 
 def _value(number: re.Match[str]) -> Fraction | None:

@@ -38,7 +38,11 @@ def load_local(path: str, split: str) -> Dataset:
     Raises:
         ValueError: No such path, no such split in it, a file of another kind or one that can't be read.
     """
-    return Dataset.from_list([row for file in local_files(path, split) for row in _read_file(file)])
+    files = local_files(path, split)
+    try:
+        return Dataset.from_list([row for file in files for row in _read_file(file)])
+    except ArrowException as e:
+        raise ValueError(f"{files[0]}: the rows disagree on the type of a column: {e}") from None
 
 
 def local_files(path: str, split: str) -> list[Path]:
@@ -228,9 +232,12 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as e:
                 raise ValueError(f"{file}, line {number} is not JSON: {e}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number} is not an object with columns.")
+            rows.append(row)
     return rows
 
 
@@ -241,7 +248,7 @@ def _text_column(rows: Dataset, column: str, where: str, split: str) -> list[str
     values = rows[column] if column in rows.column_names else [None] * len(rows)
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str) or not value.strip():
-            problem = "no" if value is None else "an empty" if value == "" else f"{value!r}, not text, as"
+            problem = "no" if value is None else "an empty" if isinstance(value, str) else f"{value!r}, not text, as"
             raise ValueError(f"{files}, row {number} has {problem} {column!r}; columns are {rows.column_names}.")
     return list(values)
 

@@ -639,7 +639,7 @@ void backward_task(const Batch<T>& b, const Gradients<T>& g, Heads<const T> key,
         const int seen = first + r / b.group + 1 - tile;
         if (seen < vecs * kLanes) {
           mask_row(pr, seen, vecs);
-          for (int c = std::max(0, seen); c < vecs * kLanes; c++) dsr[c] = 0.f;
+          for (int c = seen; c < vecs * kLanes; c++) dsr[c] = 0.f;
         }
         for (int c = 0; c < vecs; c++) {
           const Vec prob = exp2v(load(pr + c * kLanes) - lse[r]);
