@@ -85,6 +85,7 @@ class StepRecord:
                 "sample": t.request.sample,
                 "prompt_ids": t.request.prompt_ids,
                 "completion": t.text,
+                "completion_tokens": len(t.completion_ids),
                 "finish_reason": t.finish_reason,
                 "reward": r.total,
                 "reward_parts": r.parts,

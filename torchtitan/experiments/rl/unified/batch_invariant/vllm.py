@@ -16,18 +16,27 @@ def enable_for_vllm_process() -> None:
     """Makes this vLLM process on a CPU compute row-invariantly, for good; a second call changes nothing.
 
     Symptom: VLLM_BATCH_INVARIANT=1 stops a CPU worker at start.
-    Cause: vLLM 0.32 puts Triton kernels under the CPU dispatch key (`init_batch_invariance`), and its CPU linears
-    compute from packed copies of the weights, which are not row-invariant and miss an update in place.
+    Cause: vLLM 0.32 puts Triton kernels under the CPU dispatch key (`init_batch_invariance`).
     Here: its initialisation does nothing, its linears call torch's, and torch's kernels are this package's.
     Goes: when vLLM has a batch-invariant mode for the CPU.
     """
     if vllm_batch_invariant.init_batch_invariance is _already_on:
         return
     vllm_batch_invariant.init_batch_invariance = _already_on
-    vllm_linear.dispatch_cpu_unquantized_gemm = _use_torch_linear
+    use_torch_linears()
     # Compiled code has tails of its own, and bypasses the kernels.
     torch._dynamo.config.disable = True
     enter()
+
+
+def use_torch_linears() -> None:
+    """Makes the CPU linears of models that this vLLM process loads from now on compute from their weights.
+
+    Symptom: weights that are updated in place change nothing; a row's bits depend on the other rows.
+    Cause: vLLM 0.32's CPU linears compute from packed copies, by kernels that are not row-invariant.
+    Goes: when vLLM has linears without copies.
+    """
+    vllm_linear.dispatch_cpu_unquantized_gemm = _use_torch_linear
 
 
 def _already_on() -> None:

@@ -19,8 +19,8 @@ comma before one or two last digits is a decimal comma. A percent sign is a unit
 units ("2 dozen" where dozens were asked for) or factors (24), so both readings count.
 
 What is rejected: arithmetic left undone (3 + 4, 2^5, roots: math-verify's business), lists, ranges and ratios (5 or 6,
-5-6, 3:4), inequalities, malformed numbers (1,2345 or 1.2.3), division by zero, number words ("eighteen"), numbers
-longer than a line of MAX_CHARS characters. A truncated completion must show that its number had ended.
+5-6, 3:4), pairs such as (1,2), inequalities, malformed numbers (1,2345 or 1.2.3), division by zero, number words ("eighteen"), numbers
+of more than MAX_CHARS characters. A truncated completion must show that its number had ended.
 
 Every function takes any str, raises nothing, and takes time linear in the text: only MAX_CHARS characters behind a mark
 are looked at closely.
@@ -128,17 +128,17 @@ def answer_values(text: str, truncated: bool = False) -> frozenset[Fraction]:
         text: a worked solution.
         truncated: the text was cut off, so a number at its very end may have lost digits.
     """
-    segment, complete = _final_segment(text)
+    segment, complete = final_segment(text)
     return _read_segment(segment, open_ended=truncated and not complete)
 
 
 def reference_values(answer: str) -> frozenset[Fraction]:
     """The values of a reference answer: a worked solution with a mark, or the bare number."""
-    segment, _ = _final_segment(answer)
+    segment, _ = final_segment(answer)
     return _read_segment(segment or _head(answer), open_ended=False)
 
 
-def _final_segment(text: str) -> tuple[str, bool]:
+def final_segment(text: str) -> tuple[str, bool]:
     """What stands behind the last mark that has something behind it, and whether it is seen to be all there."""
     stripped = text.rstrip(" \t\r\n#")
     hashes = stripped.rfind("####")
@@ -209,7 +209,8 @@ def _read_line(line: str, open_ended: bool) -> frozenset[Fraction]:
     sign, value = _sign(head), _value(number)
     names_several = re.search(r"[^\W\d_]{2}", head) and re.search(r"\d", tail)
     unfinished = open_ended and not re.search(r"[^\W\d_]", tail)
-    if not sign or value is None or names_several or unfinished:
+    pair = head.endswith(("(", "[")) and re.fullmatch(r"\d+,\d{1,2}", number[0])
+    if not sign or value is None or names_several or unfinished or pair:
         return frozenset()
     scale = _SCALE.match(tail)
     return frozenset({sign * value, sign * value * _SCALES[scale[1].lower()]} if scale else {sign * value})

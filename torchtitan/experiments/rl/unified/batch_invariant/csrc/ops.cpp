@@ -5,7 +5,7 @@
 
 // Matrix products and SiLU on a CPU whose rows have the same bits whatever the other rows are.
 //
-// Products. The bits of a row are those of the plain library call on a tile of kTile rows by one thread. tiled()
+// Products. The bits of a row are those of the plain library call on a tile of some rows (kTile) by one thread. tiled()
 // makes exactly these calls. direct() is one library call on the whole matrix: faster, and equal only where the
 // library happens to sum a row in the same order for every number of rows and threads. Which of the two serves a
 // weight's shape is asked of Python, once for each shape (cpu.py proves it by trying), so that a choice changes the
@@ -39,6 +39,7 @@
 namespace {
 
 constexpr int64_t kTile = 16;
+constexpr int64_t kNativeGemm = 4096;
 constexpr int64_t kGrain = 8192;  // elements a thread takes at least
 
 enum Path { kAsk = 0, kDirect = 1, kTiled = 2 };
@@ -58,23 +59,28 @@ at::Tensor padded(const at::Tensor& x, int64_t rows, int64_t columns) {
   return y;
 }
 
-// BLAS libraries have other kernels for a few rows; oneDNN, which serves the 16-bit types, is asked as it is.
+// Fewest rows of a library call. BLAS libraries have other kernels for a few rows of fp32. For the 16-bit types torch
+// leaves oneDNN for a kernel of its own where rows * K * N <= 4096; it agrees with oneDNN but once in a thousand calls,
+// so that no trial finds it out.
+int64_t least_rows(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == at::kFloat ? kTile : kNativeGemm / (b.size(0) * b.size(1)) + 1;
+}
+
 at::Tensor direct(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t rows = a.size(0);
-  if (a.scalar_type() != at::kFloat || rows >= kTile) return at::cpu::mm(a, b);
-  return at::cpu::mm(padded(a, kTile, 0), b).narrow(0, 0, rows);
+  return at::cpu::mm(padded(a, least_rows(a, b), 0), b).narrow(0, 0, a.size(0));
 }
 
 at::Tensor tiled(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t tiles = (a.size(0) + kTile - 1) / kTile;
-  at::Tensor a_full = padded(a, tiles * kTile, 0);
-  at::Tensor out = at::empty({tiles * kTile, b.size(1)}, a.options());
+  const int64_t height = std::max(kTile, least_rows(a, b));
+  const int64_t tiles = (a.size(0) + height - 1) / height;
+  at::Tensor a_full = padded(a, tiles * height, 0);
+  at::Tensor out = at::empty({tiles * height, b.size(1)}, a.options());
   // Inside a parallel region the library works with the calling thread alone.
   at::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t tile = begin; tile < std::min(end, tiles); tile++) {
-      at::Tensor out_tile = out.narrow(0, tile * kTile, kTile);
-      at::cpu::mm_out(out_tile, a_full.narrow(0, tile * kTile, kTile), b);
+      at::Tensor out_tile = out.narrow(0, tile * height, height);
+      at::cpu::mm_out(out_tile, a_full.narrow(0, tile * height, height), b);
     }
   });
   return out.narrow(0, 0, a.size(0));

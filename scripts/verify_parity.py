@@ -1,0 +1,354 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Does the trainer compute the generator's log-probs, bit for bit, whatever the engine does? A table of cases.
+
+    python scripts/verify_parity.py                          the whole matrix, on random models of several shapes
+    python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
+    python scripts/verify_parity.py --job.config_file X.toml the cases that need no other model, on a job's checkpoint
+
+A row counts sampled tokens; a mismatch is a token whose fp32 log-prob has other bits in the trainer than in the
+generator, or (in the rows "alone = ...") in another batch of the same generator. Exit status 1 with any mismatch.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
+from torchtitan.experiments.rl.unified.generator import Generator
+from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
+from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, REPOSITORY
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.model.spec import hf_config, register_train_specs
+from torchtitan.experiments.rl.unified.parity import compare, ParityReport
+from torchtitan.experiments.rl.unified.rollout.packing import pack
+from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
+from torchtitan.protocols import train_spec
+
+TOKENIZER = REPOSITORY / "tests/assets/qwen3_tiny"
+RANDOM = "random_qwen3"
+# vLLM forbids to change the number of threads once an engine runs; this check is about doing just that.
+set_num_threads = torch.set_num_threads
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    mode: str
+    dtype: str
+    case: str
+    report: ParityReport
+
+    def as_dict(self) -> dict:
+        return {"mode": self.mode, "dtype": self.dtype, "case": self.case, **vars(self.report)}
+
+
+class Pair:
+    """A trainer and a generator of one policy, in this process.
+
+    Args:
+        config: the job.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        from torchtitan.experiments.rl.unified.trainer import RLTrainer
+
+        self.config = config
+        self.trainer = RLTrainer(config)
+        self.trainer.load()
+        self.generator = Generator(config)
+        self.sync()
+
+    def sync(self) -> None:
+        """Brings the trainer's weights to the generator as the job does."""
+        transport = build_transport(self.config.weight_sync.transport)
+        update = transport.send(
+            self.trainer.step, self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
+        )
+        self.generator.update_weights(update)
+        transport.close()
+
+    def sample(self, requests: list[Request], tokens: int, threads: int = 1, **sampling) -> list[Trajectory]:
+        """A completion of each request, all in one call of the engine; `sampling` as in the TOML section."""
+        for settings in (self.config.sampling, self.trainer.job_config.sampling):
+            vars(settings).update({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": tokens} | sampling)
+        set_num_threads(threads)
+        return self.generator.generate(requests)
+
+    def check(self, trajectories: list[Trajectory], threads: int = 1) -> ParityReport:
+        """Compares with the trainer's log-probs of the same tokens, a few sequences to a pack."""
+        set_num_threads(threads)
+        report = ParityReport()
+        for start in range(0, len(trajectories), 8):
+            indices = list(range(start, min(start + 8, len(trajectories))))
+            packed = pack(trajectories, torch.zeros(len(trajectories)), indices)
+            with torch.no_grad(), batch_invariant_mode():
+                logprobs = self.trainer.logprobs(packed)
+            sampled = torch.cat([trajectories[i].logprobs for i in indices])
+            report += compare(sampled, logprobs, lambda token: f"token {token} of sequences {indices}")
+        return report
+
+    def close(self) -> None:
+        self.trainer.close()
+        del self.trainer, self.generator
+        gc.collect()
+
+
+def same(one: list[Trajectory], other: list[Trajectory]) -> ParityReport:
+    """Compares two samplings of the same requests: tokens and log-probs."""
+    report = ParityReport()
+    for a, b in zip(one, other, strict=True):
+        if a.completion_ids != b.completion_ids:
+            report += ParityReport(len(a.completion_ids), len(a.completion_ids), torch.inf, f"tokens of {a.request.uid}")
+        else:
+            report += compare(a.logprobs, b.logprobs, lambda token: f"token {token} of {a.request.uid}")
+    return report
+
+
+def requests_of(lengths: list[int], vocab: int, shared: int = 0) -> list[Request]:
+    """Requests with random prompts of these lengths, each with a seed of its own; the first `shared` ids are common."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randint(3, vocab, (shared,), generator=generator).tolist()
+    prompts = [common + torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(f"prompt {i}", 0, prompt, completion_seed(0, str(i), 0)) for i, prompt in enumerate(prompts)]
+
+
+def mixed(count: int, longest: int) -> list[int]:
+    """`count` prompt lengths between 2 and `longest`, no two neighbours alike."""
+    return [2 + (37 * i) % (longest - 1) for i in range(count)]
+
+
+def batch_cases(pair: Pair, vocab: int, sizes: tuple[int, ...], longest: int, tokens: int):
+    """Requests alone and in batches, sampled with two threads, recomputed with one."""
+    requests = requests_of(mixed(max(sizes), longest), vocab)
+    alone = [pair.sample([request], tokens)[0] for request in requests[: min(sizes)]]
+    yield "one at a time", pair.check(alone, threads=2)
+    for size in sizes:
+        batch = pair.sample(requests[:size], tokens, threads=2)
+        yield f"batch of {size}", pair.check(batch)
+        yield f"alone = in a batch of {size}", same(alone, batch[: len(alone)])
+    shuffled = list(reversed(requests[: max(sizes)]))
+    yield "another order, 1 thread", same(batch, list(reversed(pair.sample(shuffled, tokens))))
+
+
+def sampling_cases(pair: Pair, vocab: int, count: int, tokens: int):
+    """Every way to cut the distribution."""
+    requests = requests_of(mixed(count, 60), vocab)
+    for name, settings in {
+        "temperature 0.7": {"temperature": 0.7},
+        "top-p 0.9": {"top_p": 0.9},
+        "top-k 50": {"top_k": 50},
+        "temperature 0.7, top-p 0.9, top-k 50": {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+        "greedy": {"temperature": 0.0},
+    }.items():
+        yield name, pair.check(pair.sample(requests, tokens, **settings))
+
+
+def prefix_cases(pair: Pair, vocab: int, count: int, shared: int, tokens: int):
+    """A long common prefix: computed once, then taken from the cache."""
+    requests = requests_of(mixed(count, 30), vocab, shared=shared)
+    pair.generator.engine.reset_prefix_cache()
+    cold = [pair.sample([request], tokens)[0] for request in requests[:1]] + pair.sample(requests[1:], tokens)
+    yield "prefix cache, prefix shared", pair.check(cold)
+    yield "prefix cache, all of it hit", same(cold, pair.sample(requests, tokens, threads=2))
+
+
+def update_cases(pair: Pair, vocab: int, count: int, tokens: int, steps: int = 3):
+    """Optimizer steps with weight updates between them."""
+    for step in range(1, steps + 1):
+        trajectories = pair.sample(requests_of(mixed(count, 60), vocab), tokens, threads=2)
+        advantages = torch.linspace(-1, 1, count)
+        set_num_threads(1)
+        report = pair.trainer.step_on(trajectories, advantages).parity
+        pair.sync()
+        yield f"optimizer step {step}", report
+    trajectories = pair.sample(requests_of(mixed(count, 60), vocab), tokens)
+    yield f"after {steps} weight updates", pair.check(trajectories, threads=2)
+
+
+def plain_cases(tokens: int, count: int, lengths: list[int]):
+    """One batch, against the trainer and against another thread count."""
+
+    def cases(pair: Pair, vocab: int):
+        requests = requests_of(lengths * count, vocab)
+        trajectories = pair.sample(requests, tokens, threads=2)
+        yield "", pair.check(trajectories)
+        yield "again, 1 thread", same(trajectories, pair.sample(requests, tokens))
+
+    return cases
+
+
+def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
+    """A random Qwen3 in Hugging Face layout, and its flavor in TrainSpec `RANDOM`."""
+    spec = policy_train_spec("qwen3")
+    args = replace(spec.model_args["tiny"], **changes)
+    for registered in (RANDOM, f"{RANDOM}_policy"):  # The trainer's own entry is made from the first.
+        train_spec._extra_train_specs.pop(registered, None)
+    train_spec.register_train_spec(RANDOM, replace(spec, model_args={flavor: args}))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = spec.model_cls(args)
+        model.init_weights()
+        # Sharper than at birth, so that sampling settings cut something off.
+        model.output.weight.mul_(4)
+    adapter = spec.state_dict_adapter(args, None)
+    folder.mkdir()
+    weights = {name: weight.contiguous() for name, weight in adapter.to_hf(model.state_dict()).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    extra = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32"}
+    limits = {"max_position_embeddings": args.max_seq_len, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(hf_config(args) | extra | limits))
+    for file in TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, folder / file.name)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine to build and what to try on it.
+
+    Attributes:
+        name: of the set-up, in the table.
+        model: changes to the tiny flavor's model args; None runs the job's own checkpoint.
+        settings: changes to the job config, by "section.key".
+        cases: called with a Pair and the vocabulary's size, yields (case, report).
+    """
+
+    name: str
+    model: dict | None
+    settings: dict
+    cases: object
+
+
+def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
+    """The matrix, for one mode and dtype."""
+    model = None if own_checkpoint else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
+    if quick:
+        return [
+            Setup(
+                "",
+                model,
+                {"generator.max_num_batched_tokens": 64, "generator.max_num_seqs": 16},
+                lambda pair, vocab: (
+                    *batch_cases(pair, vocab, (4, 16), 90, 16),
+                    *sampling_cases(pair, vocab, 16, 8),
+                    *update_cases(pair, vocab, 8, 16, steps=1),
+                ),
+            )
+        ]
+    found = [
+        Setup(
+            "",
+            model,
+            {},
+            lambda pair, vocab: (
+                *batch_cases(pair, vocab, (8, 32, 64), 120, 48),
+                *sampling_cases(pair, vocab, 32, 48),
+                *prefix_cases(pair, vocab, 24, 200, 24),
+                *update_cases(pair, vocab, 16, 48),
+            ),
+        ),
+        Setup("chunks of 64", model, {"generator.max_num_batched_tokens": 64, "generator.max_num_seqs": 64},
+              lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32)),
+        Setup("chunks of 512", model, {"generator.max_num_batched_tokens": 512},
+              lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32)),
+        Setup("preemption", model, {"training.seq_len": 256, "generator.kv_cache_gib": 0.001},
+              lambda pair, vocab: preemption_cases(pair, vocab, 32, 100, 64)),
+    ]
+    if own_checkpoint:
+        return found
+    for head_dim in (64, 128):
+        for ratio in (1, 2, 4):
+            shape = {**model, "head_dim": head_dim, "n_heads": 4, "n_kv_heads": 4 // ratio}
+            found.append(
+                Setup(f"head_dim {head_dim}, GQA {ratio}:1, contexts 64, 1000, 4000", shape,
+                      {"training.seq_len": 4200, "generator.kv_cache_gib": 0.5}, plain_cases(32, 4, [64, 1000, 4000]))
+            )
+    untied = {**model, "enable_weight_tying": False}
+    return [*found, Setup("untied embeddings", untied, {}, lambda pair, vocab: update_cases(pair, vocab, 16, 48))]
+
+
+def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: int):
+    """A KV cache that cannot hold what runs: requests are thrown out and computed again."""
+    requests = requests_of(mixed(count, longest), vocab)
+    alone = [pair.sample([request], tokens)[0] for request in requests[:4]]
+    scheduler = pair.generator.engine.llm_engine.engine_core.engine_core.scheduler
+    preempt, preempted = scheduler._preempt_request, []
+    scheduler._preempt_request = lambda request, *rest: (preempted.append(request), preempt(request, *rest))[1]
+    batch = pair.sample(requests, tokens, threads=2)
+    assert preempted, "the cache was large enough: this case shows nothing"
+    yield "", pair.check(batch)
+    yield "alone = preempted", same(alone, batch[:4])
+
+
+def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path):
+    """Builds the set-up and yields its rows."""
+    flags = [*job, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
+    flags += ["--parity.check", "report", "--metrics.no-enable_tensorboard", "--job.dump_folder", str(folder / "out")]
+    flags += ["--parallelism.data_parallel_replicate_degree", "1", "--checkpoint.no-enable"]
+    for key, value in {"training.seq_len": 1024, **setup.settings}.items():
+        flags += [f"--{key}", str(value)]
+    config = load_job_config(flags)
+    vocab = 512
+    if setup.model is not None:
+        flavor = f"{abs(hash((setup.name, mode, dtype))):x}"
+        write_random_checkpoint(folder / flavor, flavor, setup.model)
+        config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, flavor, str(folder / flavor)
+        vocab = setup.model["vocab_size"]
+    pair = Pair(config)
+    for case, report in setup.cases(pair, vocab):
+        yield Row(mode, dtype, ": ".join(filter(None, (setup.name, case))), report)
+    pair.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few cases of each mode and dtype")
+    parser.add_argument("--modes", default="unified,vllm_compat", help="comma-separated")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated")
+    parser.add_argument("--json", type=Path, help="write the table there, too")
+    args, job = parser.parse_known_args()
+
+    quiet_libraries()
+    # One process group of one rank, for all the trainers and engines of this process.
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    prepare_torchtitan()
+    register_train_specs()
+    start, rows = time.monotonic(), []
+    print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in args.modes.split(","):
+            for dtype in args.dtypes.split(","):
+                for setup in setups(args.quick, own_checkpoint=bool(job)):
+                    for row in run(setup, mode, dtype, job, Path(folder)):
+                        report = row.report
+                        print(
+                            f"{mode:12} {dtype:9} {report.tokens_compared:8} {report.mismatched_tokens:10} "
+                            f"{report.max_difference:9.2g}  {row.case}  {report.first}",
+                            flush=True,
+                        )
+                        rows.append(row)
+    total = sum((row.report for row in rows), start=ParityReport())
+    seconds = time.monotonic() - start
+    print(f"{total.tokens_compared} tokens compared, {total.mismatched_tokens} mismatches, {seconds:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"seconds": seconds, "rows": [row.as_dict() for row in rows]}, indent=1))
+    return int(total.mismatched_tokens > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Whose ``torchtitan.experiments.rl`` a process imports: the torchtitan wheel has a folder of that name as well."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "torchtitan" / "experiments" / "rl"
+OUTER = Path(sysconfig.get_paths()["purelib"])
+
+# Prints where a process finds two modules, and where one that it spawns does. `eval` is what a spawned process can
+# unpickle without a main module.
+FIND = """
+import json, multiprocessing
+CODE = '''[
+    spec and spec.origin
+    for spec in map(__import__("importlib.util").util.find_spec, [
+        "torchtitan.experiments.rl.unified", "torchtitan.experiments.rl.vllm_compat"
+    ])
+]'''
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(json.dumps([eval(CODE), pool.apply(eval, [CODE])]))
+"""
+
+
+def make_environment(folder: Path, *install: str) -> Path:
+    """An environment that sees this one's packages but runs none of its .pth files; returns its site-packages."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text(f"{OUTER}\n")
+    if install:
+        command = [sys.executable, "-m", "uv", "pip", "install", "--python", folder / "bin" / "python", "--offline"]
+        subprocess.run([*command, "--no-cache", "--no-deps", "--no-build-isolation", *install], check=True)
+    return site
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("wheel"), str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("editable"), "--editable", str(ROOT))
+
+
+def run(site: Path, code: str, cwd: str = "/") -> str:
+    """What `code` prints in the environment of `site`, started in `cwd`."""
+    python = site.parents[2] / "bin" / "python"
+    return subprocess.run([python, "-c", code], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def own_distribution(site: Path) -> Distribution:
+    (own,) = distributions(name="torchtitan-rl-unified", path=[str(site)])
+    return own
+
+
+def test_without_the_project_the_other_folder_is_found(bare):
+    theirs = OUTER / "torchtitan" / "experiments" / "rl"
+    found = [str(theirs / "unified" / "__init__.py"), str(theirs / "vllm_compat" / "__init__.py")]
+    assert json.loads(run(bare, FIND)) == [found, found]
+
+
+@pytest.mark.parametrize("cwd", ["/", str(ROOT), str(OUTER)])
+def test_editable_install_is_found(editable, cwd):
+    found = [str(SOURCE / "unified" / "__init__.py"), None]
+    assert json.loads(run(editable, FIND, cwd)) == [found, found]
+
+
+@pytest.mark.parametrize("cwd", ["/", str(ROOT), str(OUTER)])
+def test_wheel_install_is_found(wheel, cwd):
+    found = [str(wheel / "torchtitan-rl-unified" / "unified" / "__init__.py"), None]
+    assert json.loads(run(wheel, FIND, cwd)) == [found, found]
+
+
+def test_wheel_holds_every_file_and_none_of_torchtitans(wheel):
+    names = {file for file in own_distribution(wheel).files if "__pycache__" not in file.parts}
+    assert {file.parts[0] for file in names} == {
+        "torchtitan-rl-unified",
+        "torchtitan_rl_unified.pth",
+        "torchtitan_rl_unified-0.1.0.dist-info",
+    }
+    sources = {
+        file.relative_to(SOURCE).as_posix()
+        for file in SOURCE.rglob("*")
+        if file.is_file() and file.suffix != ".pth" and "__pycache__" not in file.parts
+    }
+    assert any(name.endswith(".toml") for name in sources)
+    assert sources == {"/".join(file.parts[1:]) for file in names if file.parts[0] == "torchtitan-rl-unified"}
+
+
+def test_vllm_finds_the_plugin_in_both(wheel, editable):
+    for site in (wheel, editable):
+        (plugin,) = own_distribution(site).entry_points.select(group="vllm.general_plugins")
+        assert plugin.value == "torchtitan.experiments.rl.unified.model.plugin:register"
+
+
+def test_starting_python_imports_the_hook_alone(bare, wheel, editable):
+    loaded = "import sys; print(*sys.modules)"
+    before = set(run(bare, loaded).split())
+    for site in (wheel, editable):
+        assert set(run(site, loaded).split()) - before == {"torchtitan_rl_unified_hook"}
+
+
+def test_a_second_install_of_the_finder_changes_nothing(wheel):
+    code = """
+import sys, torchtitan_rl_unified_hook as hook
+before = list(sys.meta_path)
+hook.install()
+print(sys.meta_path == before)
+"""
+    assert run(wheel, code) == "True\n"

@@ -1,0 +1,60 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The VLLM_COMPAT generator: vLLM's own Qwen3, reading TorchTitan's names. Importing this module imports vLLM."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torchtitan.experiments.rl.unified.batch_invariant.vllm import use_torch_linears
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from vllm.config import VllmConfig
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+
+class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
+    """vLLM's Qwen3ForCausalLM with weights that can be replaced in place, under TorchTitan's names.
+
+    Args:
+        vllm_config: vLLM's configuration; `additional_config["torchtitan"]` holds `name` and `flavor` of the TrainSpec.
+        prefix: vLLM's module prefix; empty for a top-level model.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # A packed copy of a weight would outlive an update of the weight.
+        use_torch_linears()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        choice = vllm_config.additional_config["torchtitan"]
+        spec = policy_train_spec(choice["name"])
+        self.adapter = spec.state_dict_adapter(spec.model_args[choice["flavor"]], None)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copies full tensors, named as TorchTitan or as Hugging Face does, into the parameters, fused ones included.
+
+        Returns:
+            Names of this module's parameters that were written.
+
+        Raises:
+            KeyError: a name is of neither.
+        """
+        return super().load_weights(self._hf_names(weights))
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
+
+        Raises:
+            KeyError: a name is not a parameter of the model.
+        """
+        self.load_weights(weights)
+
+    def _hf_names(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name.startswith(("model.", "lm_head.")):
+                yield name, tensor
+            elif hf := self.adapter.to_hf({name: tensor}):
+                yield from hf.items()
+            elif name != "output.weight":  # tied: it came with the embedding
+                raise KeyError(name)

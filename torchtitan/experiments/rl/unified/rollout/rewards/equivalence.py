@@ -1,0 +1,104 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+r"""Equal values in other forms, judged by the math-verify library, in bounded time and from any thread.
+
+math-verify bounds its time with SIGALRM, which exists on the main thread alone, and a time limit would let a machine's
+load decide a reward. So its limits are off, and what reaches it is bounded instead: short expressions of known LaTeX
+commands, without towers of powers, factorials, sums or integrals. Others are worth 0.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+
+from torchtitan.experiments.rl.unified.rollout.answers import answer_values, final_segment, reference_values
+from torchtitan.experiments.rl.unified.rollout.rewards.base import RewardInput
+
+MAX_CHARS = 100
+MAX_DIGITS = 40
+MAX_EXPONENT = 200
+# Powers of sums of symbols and roots are multiplied out.
+MAX_SYMBOLIC_EXPONENTS = 6
+MAX_SYMBOLS = 2
+
+_COMMANDS = frozenset("cdot dfrac div frac infty left pi pm right sqrt tfrac times ge geq le leq cup".split())
+_PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\s*(?=\{)|\\[!,;: ]|\\?\$|\*\*(?!\s*\d)|[`.]+$")
+_UNIT = re.compile(r"(?<=[\d)}\s])\s*\{?\s*[a-zA-Z]{3,}[a-zA-Z .}]*$")
+_EXPONENT = re.compile(r"(?:\^|\*\*)\s*\{?\s*\(?\s*(-?\d{1,4}(?:/\d{1,2})?)\s*(\)?\s*\}?)(?!\s*[\d^*])")
+# sympy's caches and math-verify's parser are shared by all threads.
+_LOCK = threading.Lock()
+
+
+def math_verify(sample: RewardInput) -> float:
+    r"""1 if the final answer equals the reference: as a number (answers.py says how), or as an expression.
+
+    Without a mark (`####`, `\boxed{}`) the answer is the last line. A truncated completion must show that its answer
+    had ended.
+    """
+    wanted = reference_values(sample.answer)
+    if not wanted.isdisjoint(answer_values(sample.completion, sample.truncated)):
+        return 1.0
+    given, complete = _expression(sample.completion)
+    if sample.truncated and not complete:
+        return 0.0
+    expected, _ = _expression(sample.answer)
+    if _PLAIN.fullmatch(given) and _PLAIN.fullmatch(expected):
+        return float(Fraction(given) == Fraction(expected))
+    return float(is_bounded(given) and is_bounded(expected) and _equal(given, expected))
+
+
+def is_bounded(expression: str) -> bool:
+    """Whether math-verify is sure to be done with `expression` in a second or so (typically 50 ms)."""
+    if not expression or len(expression) > MAX_CHARS or not expression.isascii():
+        return False
+    commands = set(re.findall(r"\\([a-zA-Z]+)", expression))
+    bare = re.sub(r"\\[a-zA-Z]+", " ", expression)
+    powers = _EXPONENT.findall(expression)
+    symbols = set(re.findall(r"[a-zA-Z]", bare))
+    symbolic = symbols or "sqrt" in commands or "/" in "".join(power for power, _ in powers)
+    exponents = [abs(int(part)) for power, _ in powers for part in power.split("/")]
+    return (
+        commands <= _COMMANDS
+        and not re.search(rf"[!_&@#?|'\"]|\\[^a-zA-Z{{}}]|\d{{{MAX_DIGITS + 1}}}", bare)
+        and len(powers) == expression.count("^") + expression.count("**")
+        and len(symbols) <= MAX_SYMBOLS
+        and all(exponent <= MAX_EXPONENT for exponent in exponents)
+        and (not symbolic or sum(exponents) <= MAX_SYMBOLIC_EXPONENTS)
+    )
+
+
+def _expression(text: str) -> tuple[str, bool]:
+    """The final answer without its dress, and whether it is seen to have ended."""
+    segment, complete = final_segment(text)
+    lines = (segment or text.rstrip()[-2 * MAX_CHARS :]).strip().split("\n")
+    line = lines[0] if segment else re.sub(r".*(?:\b(?:is|are|be)\b|:)(?=.*\S)", "", lines[-1])
+    return _UNIT.sub("", _DRESS.sub("", line.strip()).strip()).strip(), complete
+
+
+@functools.lru_cache(maxsize=4096)
+def _equal(given: str, expected: str) -> bool:
+    from math_verify import parse, verify
+
+    with _LOCK, _quiet(logging.getLogger("math_verify")):
+        pair = [parse(f"${text}$", parsing_timeout=None) for text in (expected, given)]
+        # A form that could not be parsed is left as its string, which equals nothing but itself.
+        return bool(verify(*pair, timeout_seconds=None))
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """math-verify warns that its time limits are off, which they are on purpose."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
