@@ -20,8 +20,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -90,8 +90,8 @@ def explain(error: Exception, repo_id: str) -> str:
         return f"there is no model {repo_id} on the hub, or it is private (then give --hf_token)"
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub is switched off by HF_HUB_OFFLINE: unset it to download"
-    if isinstance(error, HTTPError):
-        return f"no answer from the hub ({type(error).__name__}: {error}); the same command takes up where it stopped"
+    if isinstance(error, (HTTPError, LocalEntryNotFoundError)):
+        return f"the hub did not deliver ({type(error).__name__}: {error}); the same command takes up where it stopped"
     return f"{repo_id}: {error}"
 
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         folder = download(args.repo_id, args.local_dir, args.assets, args.hf_token)
-    except (OSError, ValueError, HFValidationError, HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         print(f"download_hf_assets: {' '.join(explain(error, args.repo_id).split())}", file=sys.stderr)
         return 1
     print(f"{args.repo_id} is in {folder}")

@@ -28,7 +28,7 @@ Problem = tuple[str, list[Step]]
 
 
 def bags(r: random.Random, name: str, friend: str, things: str) -> Problem:
-    have, count, each = r.randint(2, 20), r.randint(2, 5), r.randint(2, 5)
+    have, count, each = r.randint(2, 9), r.randint(2, 4), r.randint(2, 4)
     total = have + count * each
     given = r.randint(1, total - 1)
     question = (
@@ -39,14 +39,14 @@ def bags(r: random.Random, name: str, friend: str, things: str) -> Problem:
 
 
 def earnings(r: random.Random, name: str, friend: str, things: str) -> Problem:
-    count, price = r.randint(2, 6), r.randint(2, 9)
+    count, price = r.randint(2, 5), r.randint(2, 5)
     spent = r.randint(1, count * price - 1)
     question = f"{name} sells {count} {things} for ${price} each and spends ${spent}. How many dollars are left?"
     return question, [(count, "*", price), (count * price, "-", spent)]
 
 
 def sharing(r: random.Random, name: str, friend: str, things: str) -> Problem:
-    friends, share = r.randint(2, 5), r.randint(2, 9)
+    friends, share = r.randint(2, 4), r.randint(2, 6)
     total = friends * share
     red = r.randint(1, total - 1)
     question = (
@@ -57,13 +57,13 @@ def sharing(r: random.Random, name: str, friend: str, things: str) -> Problem:
 
 
 def ages(r: random.Random, name: str, friend: str, things: str) -> Problem:
-    age, times, years = r.randint(2, 9), r.randint(2, 5), r.randint(2, 9)
+    age, times, years = r.randint(2, 9), r.randint(2, 4), r.randint(2, 5)
     question = f"{name} is {age}. {friend} is {times} times as old. How old will {friend} be in {years} years?"
     return question, [(age, "*", times), (age * times, "+", years)]
 
 
 def two_days(r: random.Random, name: str, friend: str, things: str) -> Problem:
-    first, more = r.randint(2, 20), r.randint(2, 9)
+    first, more = r.randint(2, 9), r.randint(2, 9)
     question = (
         f"{name} finds {first} {things} on Monday and {more} more than that on Tuesday. "
         f"How many {things} does {name} find in all?"

@@ -125,14 +125,14 @@ def train(out: Path, data: Path, steps: int, learning_rate: float, seed: int) ->
             "model.flavor": "tiny",
             "model.hf_assets_path": str(out),
             "training.dataset": "gsm8k_tiny_chat",
-            "training.local_batch_size": 32,
-            "training.seq_len": 256,
+            "training.local_batch_size": 16,
+            "training.seq_len": 128,
             "training.steps": steps,
             "training.mixed_precision_param": "float32",
             "optimizer.lr": learning_rate,
             "lr_scheduler.warmup_steps": steps // 10,
             "debug.seed": seed,
-            "metrics.log_freq": 25,
+            "metrics.log_freq": 100,
         }
         arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         trainer = Trainer(ConfigManager().parse_args(arguments))
@@ -169,8 +169,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS / "qwen3_tiny")
     parser.add_argument("--data", type=Path, default=ASSETS / "gsm8k_tiny")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what is in --out")
     args = parser.parse_args()

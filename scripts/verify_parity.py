@@ -17,30 +17,25 @@ import argparse
 import gc
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from random_checkpoint import RANDOM, write_random_checkpoint
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
 from torchtitan.experiments.rl.unified.generator import Generator
 from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
 from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, REPOSITORY
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.model.spec import hf_config, register_train_specs
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.model.spec import register_train_specs
 from torchtitan.experiments.rl.unified.parity import compare, ParityReport
 from torchtitan.experiments.rl.unified.rollout.packing import pack
 from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
-from torchtitan.protocols import train_spec
 
-TOKENIZER = REPOSITORY / "tests/assets/qwen3_tiny"
-RANDOM = "random_qwen3"
 # vLLM forbids to change the number of threads once an engine runs; this check is about doing just that.
 set_num_threads = torch.set_num_threads
 
@@ -191,30 +186,6 @@ def plain_cases(tokens: int, count: int, lengths: list[int]):
         yield "again, 1 thread", same(trajectories, pair.sample(requests, tokens))
 
     return cases
-
-
-def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
-    """A random Qwen3 in Hugging Face layout, and its flavor in TrainSpec `RANDOM`."""
-    spec = policy_train_spec("qwen3")
-    args = replace(spec.model_args["tiny"], **changes)
-    for registered in (RANDOM, f"{RANDOM}_policy"):  # The trainer's own entry is made from the first.
-        train_spec._extra_train_specs.pop(registered, None)
-    train_spec.register_train_spec(RANDOM, replace(spec, model_args={flavor: args}))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model = spec.model_cls(args)
-        model.init_weights()
-        # Sharper than at birth, so that sampling settings cut something off.
-        model.output.weight.mul_(4)
-    adapter = spec.state_dict_adapter(args, None)
-    folder.mkdir()
-    weights = {name: weight.contiguous() for name, weight in adapter.to_hf(model.state_dict()).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    extra = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32"}
-    limits = {"max_position_embeddings": args.max_seq_len, "hidden_act": "silu"}
-    (folder / "config.json").write_text(json.dumps(hf_config(args) | extra | limits))
-    for file in TOKENIZER.glob("tokenizer*"):
-        shutil.copy(file, folder / file.name)
 
 
 @dataclass(frozen=True)

@@ -100,25 +100,24 @@ def test_set_up_names_what_the_machine_lacks(clone, tmp_path):
         assert not (clone / ".venv").exists()
 
 
-def test_broken_set_up_says_where_and_is_made_again(clone):
-    for _ in range(2):
-        process = set_up(clone)
-        lines = process.communicate()[1].splitlines()
-        assert process.returncode == 1
-        assert lines[0].startswith(f"set-up: making {clone}/.venv")
-        assert lines[-1] == f"set-up: failed while fetching uv. The whole log: {clone}/.venv.log"
-        assert "No matching distribution found for uv" in (clone / ".venv.log").read_text()
-        assert not (clone / ".venv" / "setup-stamp").exists()
-
-
-def test_two_set_ups_take_turns(clone):
+def test_set_ups_take_turns_and_a_broken_one_is_made_again(clone):
+    half_made = clone / ".venv" / "lib" / "half-made"
+    half_made.mkdir(parents=True)
     with open(clone / ".venv.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         process = set_up(clone)
         assert process.stderr.readline() == f"set-up: waiting for another set-up of {clone}\n"
-        assert process.poll() is None and not (clone / ".venv").exists()
+        assert process.poll() is None and half_made.exists()
         fcntl.flock(log, fcntl.LOCK_UN)
-        assert "making" in process.communicate()[1]
+        lines = process.communicate()[1].splitlines()
+    assert lines[0].startswith(f"set-up: making {clone}/.venv")
+    assert not half_made.exists()
+
+    # With no index to fetch from, this one breaks as well.
+    assert process.returncode == 1
+    assert lines[-1] == f"set-up: failed while fetching uv. The whole log: {clone}/.venv.log"
+    assert "No matching distribution found for uv" in (clone / ".venv.log").read_text()
+    assert not (clone / ".venv" / "setup-stamp").exists()
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="this is not the environment that set-up made")
@@ -181,7 +180,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub as a download speaks to, over HTTP: one repository, org/model, and one that is gated.
 
     Args:
-        broken: names that answer 500.
+        broken: names that are listed but not there.
     """
 
     def __init__(self, *args, broken: set[str]):
@@ -206,7 +205,7 @@ class Hub(BaseHTTPRequestHandler):
         elif not self.path.startswith(f"/org/model/resolve/{commit}/"):
             self.answer(404, X_Error_Code="RepoNotFound")
         elif (name := self.path.rsplit("/", 1)[1]) in self.broken:
-            self.answer(500)
+            self.answer(404, X_Error_Code="EntryNotFound")
         else:
             self.answer(200, f"this is {name}".encode(), ETag=f'"{name}"', X_Repo_Commit=commit)
 
@@ -238,7 +237,7 @@ def test_download_brings_all_or_nothing(hub, tmp_path):
     endpoint, broken = hub
     broken.add("merges.txt")
     failed = run_download(endpoint, tmp_path, "org/model")
-    assert failed.returncode == 1 and "no answer from the hub" in failed.stderr.splitlines()[-1]
+    assert failed.returncode == 1 and "the hub did not deliver" in failed.stderr.splitlines()[-1]
     assert not (tmp_path / "model").exists() and (tmp_path / "model.incomplete").exists()
 
     broken.clear()
@@ -272,7 +271,7 @@ def test_download_without_a_network(tmp_path):
     failed = run_download("http://127.0.0.1:9", tmp_path, "org/model")
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
-    assert line.startswith("download_hf_assets: no answer from the hub (ConnectError")
+    assert line.startswith("download_hf_assets: the hub did not deliver (ConnectError")
 
 
 def test_download_wants_to_know_what(tmp_path):

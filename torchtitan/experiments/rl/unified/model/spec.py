@@ -19,7 +19,7 @@ TINY_QWEN3: dict[str, Any] = {
     "max_seq_len": 1024,
     "head_dim": 32,
     "dim": 128,
-    "n_layers": 4,
+    "n_layers": 2,
     "n_heads": 4,
     "n_kv_heads": 2,
     "hidden_dim": 384,

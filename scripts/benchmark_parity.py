@@ -1,0 +1,157 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What parity costs: generation and a training step, with the batch-invariant arithmetic on and off, in turn.
+
+    python scripts/benchmark_parity.py [--dtype float32] [--rounds 5]
+
+Generation: two engines of one random model in two processes that take turns, 32 requests with contexts up to 1,000
+tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops with
+its scaled_dot_product_attention on each sequence. Prints tokens per second (median of the rounds) and their ratio.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from random_checkpoint import RANDOM, write_random_checkpoint
+from torch import nn
+from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
+from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+
+MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536, "vocab_size": 512}
+REQUESTS, PROMPT_TOKENS, SAMPLED_TOKENS = 32, 900, 100
+
+
+def job(folder: Path, dtype: str, mode: str, parity: str) -> JobConfig:
+    flags = ["--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype, "--parity.check", parity]
+    flags += ["--training.seq_len", "1024", "--generator.kv_cache_gib", "1", "--sampling.max_tokens", str(SAMPLED_TOKENS)]
+    flags += ["--parallelism.data_parallel_replicate_degree", "1", "--job.dump_folder", str(folder / "out")]
+    config = load_job_config(flags)
+    write_random_checkpoint(folder / "model", "random", {**MODEL, "max_seq_len": 1024})
+    config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, "random", str(folder / "model")
+    return config
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [PROMPT_TOKENS * (i + 1) // REQUESTS for i in range(REQUESTS)]
+    prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
+
+
+def generate_when_told(config: JobConfig) -> None:
+    """An engine's side: for each line on stdin, one batch; answers with its seconds."""
+    from torchtitan.experiments.rl.unified.generator import Generator
+
+    generator = Generator(config)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        generator.engine.reset_prefix_cache()
+        start = time.perf_counter()
+        trajectories = generator.generate(requests())
+        seconds = time.perf_counter() - start
+        print(sum(len(t.completion_ids) for t in trajectories) / seconds, flush=True)
+
+
+def benchmark_generation(dtype: str, mode: str, rounds: int) -> dict[str, float]:
+    """Sampled tokens per second, prefill included."""
+    command = [sys.executable, __file__, "--dtype", dtype, "--mode", mode, "--engine"]
+    engines = {
+        name: subprocess.Popen(
+            [*command, "assert" if name == "on" else "off"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("on", "off")
+    }
+    rates: dict[str, list[float]] = {"on": [], "off": []}
+    for engine in engines.values():
+        while engine.stdout.readline().strip() != "ready":
+            assert engine.poll() is None, "an engine did not start"
+    for turn in range(rounds + 1):
+        for name, engine in engines.items():
+            engine.stdin.write("go\n")
+            engine.stdin.flush()
+            rate = float(engine.stdout.readline())
+            if turn:  # The first turn warms up.
+                rates[name].append(rate)
+    for engine in engines.values():
+        engine.stdin.close()
+        engine.wait(60)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+class StockAttention(nn.Module):
+    """torch's scaled_dot_product_attention on each packed sequence by itself."""
+
+    def forward(self, xq, xk, xv, attention_masks, scale=None):
+        ends = attention_masks.cu_seq_q.tolist()
+        parts = [
+            nn.functional.scaled_dot_product_attention(
+                xq[:, :, a:b], xk[:, :, a:b], xv[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True
+            )
+            for a, b in zip(ends, ends[1:])
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
+
+
+def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:
+    """Tokens per second of a whole optimizer step."""
+    from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    prepare_torchtitan()
+    from torchtitan.experiments.rl.unified.trainer import RLTrainer
+
+    trainer = RLTrainer(config)
+    trainer.load()
+    completion = list(range(3, 3 + SAMPLED_TOKENS))
+    trajectories = [Trajectory(r, completion, torch.full((SAMPLED_TOKENS,), -6.0), 0, "stop", "") for r in requests()[:16]]
+    tokens = sum(len(t.request.prompt_ids) + SAMPLED_TOKENS for t in trajectories)
+    rates: dict[str, list[float]] = {"on": [], "off": []}
+    for turn in range(rounds + 1):
+        for name in rates:
+            trainer.job_config.parity.check = "report" if name == "on" else "off"
+            attention = PackedAttention if name == "on" else StockAttention
+            replace_inner_attention(trainer.model_parts[0], lambda _: attention())
+            start = time.perf_counter()
+            trainer.step_on(trajectories, torch.linspace(-1, 1, len(trajectories)))
+            if turn:
+                rates[name].append(tokens / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--mode", default="unified", choices=("unified", "vllm_compat"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engine", choices=("assert", "off"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.engine:
+            generate_when_told(job(Path(folder), args.dtype, args.mode, args.engine))
+            return
+        for what, rates in {
+            "generation": benchmark_generation(args.dtype, args.mode, args.rounds),
+            "training step": benchmark_training(job(Path(folder), args.dtype, args.mode, "report"), args.rounds),
+        }.items():
+            ratio = rates["on"] / rates["off"]
+            print(
+                f"{what:14} {args.mode} {args.dtype}: parity on {rates['on']:8.0f} tokens/s, "
+                f"off {rates['off']:8.0f}, ratio {ratio:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
