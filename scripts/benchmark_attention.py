@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Times this project's attention against vLLM's CPU op (generation) and torch's SDPA (training), in turn in one process.
+"""Times this project's attention against vLLM's CPU op (generation) and torch's SDPA (training) in one process.
 
 A ratio of 1 is equal speed, 2 is twice as fast as the other. Rounds alternate between the two sides, and the ratio is
 the median over rounds of the other's time divided by ours, so that a busy machine slows both.
@@ -132,7 +132,9 @@ def main() -> None:
                 report(results, f"{name} {head_size} {dtype} / vLLM", compare(case.ours, case.vllm, args.seconds))
             for length in (args.context, 256):
                 case = PackedCase(args, head_size, dtype, length)
-                report(results, f"train x{length} {head_size} {dtype} / SDPA", compare(case.ours, case.torch, args.seconds))
+                report(
+                    results, f"train x{length} {head_size} {dtype} / SDPA", compare(case.ours, case.torch, args.seconds)
+                )
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"args": vars(args), "results": results}, f, indent=1)

@@ -75,7 +75,7 @@ make_env() {
     if [[ $old != "$ROOT" || ! -x $venv/bin/python ]]; then
         step "making $venv (once, a minute or two)" "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
-    local pip=("$venv/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check)
+    local pip=("$venv/bin/python" -m pip install --no-deps --no-compile --progress-bar off --disable-pip-version-check)
     local uv=("$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps)
     step "fetching uv" "${pip[@]}" "$(pinned uv)"
     say "fetching $(pinned torch)"

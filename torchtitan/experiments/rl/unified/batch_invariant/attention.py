@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-
 from torchtitan.experiments.rl.unified.batch_invariant.build import load_library
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)

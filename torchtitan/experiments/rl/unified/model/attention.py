@@ -58,6 +58,8 @@ def replace_inner_attention(model: nn.Module, make: Callable[[str], nn.Module]) 
     """
     names = [name for name, _ in model.named_modules() if name.split(".")[-1] == "inner_attention"]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no module called inner_attention: its attention cannot be replaced")
+        raise ValueError(
+            f"{type(model).__name__} has no module called inner_attention: its attention cannot be replaced"
+        )
     for name in names:
         model.set_submodule(name, make(name))

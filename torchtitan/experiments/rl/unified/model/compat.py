@@ -42,8 +42,8 @@ def to_compat(model: Qwen3Model) -> Qwen3Model:
     """
     if type(model) is not Qwen3Model or model.model_args.moe_enabled or not model.model_args.qk_norm:
         raise ValueError(
-            f'[rl] mode = "vllm_compat" knows the dense Qwen3 only, not {type(model).__name__} with {model.model_args}; '
-            'mode = "unified" runs any TrainSpec\'s model'
+            '[rl] mode = "vllm_compat" knows the dense Qwen3 with normalized queries and keys only, not '
+            f'{getattr(model, "model_args", type(model).__name__)}; mode = "unified" runs any TrainSpec\'s model'
         )
     _rotary_kernel()
     for module in list(model.modules()):
@@ -192,7 +192,7 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    _rotary_kernel()(torch.arange(len(x)), out.view(len(x), -1), None, x.shape[-1], rope, True)
+    _rotary_kernel()(torch.arange(len(x), device=x.device), out.view(len(x), -1), None, x.shape[-1], rope, True)
     return out
 
 

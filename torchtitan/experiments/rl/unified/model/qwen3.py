@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torchtitan.experiments.rl.unified.batch_invariant.vllm import use_torch_linears
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.models.qwen3 import Qwen3ModelArgs, Qwen3StateDictAdapter
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
@@ -18,7 +18,7 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
     """vLLM's Qwen3ForCausalLM with weights that can be replaced in place, under TorchTitan's names.
 
     Args:
-        vllm_config: vLLM's configuration; `additional_config["torchtitan"]` holds `name` and `flavor` of the TrainSpec.
+        vllm_config: vLLM's configuration.
         prefix: vLLM's module prefix; empty for a top-level model.
     """
 
@@ -26,9 +26,7 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
         # A packed copy of a weight would outlive an update of the weight.
         use_torch_linears()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        choice = vllm_config.additional_config["torchtitan"]
-        spec = policy_train_spec(choice["name"])
-        self.adapter = spec.state_dict_adapter(spec.model_args[choice["flavor"]], None)
+        self.adapter = Qwen3StateDictAdapter(Qwen3ModelArgs(enable_weight_tying=self.config.tie_word_embeddings), None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copies full tensors, named as TorchTitan or as Hugging Face does, into the parameters, fused ones included.

@@ -55,7 +55,12 @@ class PagedAttention(nn.Module):
         )
 
     def forward(
-        self, xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, attention_masks: Any = None, scale: float | None = None
+        self,
+        xq: torch.Tensor,
+        xk: torch.Tensor,
+        xv: torch.Tensor,
+        attention_masks: Any = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Attends over vLLM's KV cache, which holds the sequences; `attention_masks` and `scale` are not needed.
 

@@ -81,6 +81,7 @@ _LATEX = [
 _MARKUP = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"[\x00-\x08\x0b-\x1f\x7f]", " "),
         (r"<[|/]?[a-zA-Z][^<>]{0,30}>", " "),  # <b>, </s>, <|im_end|>
         (r"[-=]+>", "="),  # arrows
         (r"\b[A-Z]{1,3}(?=\$)|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\b\.?)(?=[ $]*[-+.]?\d)", ""),
@@ -198,7 +199,7 @@ def _plain_character(character: str) -> str:
     category = unicodedata.category(character)
     if category == "No" and "\u2044" in (fraction := unicodedata.normalize("NFKC", character)):
         return f" {fraction}".replace("\u2044", "/")
-    return {"Zs": " ", "Sc": "$", "Cf": ""}.get(category, character)
+    return {"Zs": " ", "Cc": " ", "Sc": "$", "Cf": ""}.get(category, character)
 
 
 def _read_line(line: str, open_ended: bool) -> frozenset[Fraction]:
@@ -240,8 +241,8 @@ def _sign(head: str) -> int:
     rest = bare[:-1]
     if rest and rest[-1] not in _BEFORE:
         return 0
-    # "Answer - 5": a dash with space on both sides is punctuation.
-    dash = rest.strip() and bare != head
+    # "Answer - 5": a dash with space on both sides, behind a word, is punctuation.
+    dash = bare != head and re.search(r"[^\W\d_]", rest)
     return -1 if bare[-1] == "-" and not dash else 1
 
 

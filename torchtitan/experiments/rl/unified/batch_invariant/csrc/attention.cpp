@@ -10,9 +10,9 @@
 //   score[j] = sum over d of q[d] * k[j][d]      one FMA after another over d; keys are vector lanes
 //   m, l, o  = online softmax, base 2, fp32      (Milakov and Gimelshein, arXiv:1805.02867)
 //   o[d]    += p[j] * v[j][d]                    one FMA after another over j; d are vector lanes
-// Each lane is a chain of its own, so how many rows or lanes share a register block, which thread runs it, and where the
-// keys lie in memory change nothing. A paged decode, a chunk of a prefill and a packed training batch all call
-// attend() below. Rows beyond a key are masked by a select, so that what an unused cache slot holds never enters.
+// Each lane is a chain of its own, so how many rows or lanes share a register block, which thread runs it, and where
+// the keys lie in memory change nothing. A paged decode, a chunk of a prefill and a packed training batch all call
+// attend() below. Keys beyond a row are masked by a select, so that what an unused cache slot holds never enters.
 //
 // Plain C ABI, no torch headers: compiles in seconds, called through ctypes.
 
@@ -44,7 +44,7 @@ constexpr int kSub = 32;                   // keys that lie side by side in memo
 constexpr int kTileVecs = kTile / kLanes;
 constexpr int kTaskRows = 96;              // rows (query tokens x heads of the group) of one task
 constexpr int kWidenRows = 2 * kRows;      // above this many rows a bf16 tile is converted once for all
-constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -309,7 +309,7 @@ struct Rows {
 void mask_row(float* s, int n, int vecs) {
   const IVec lane = lane_index();
   for (int c = n / kLanes; c < vecs; c++)
-    store(s + c * kLanes, lane + c * kLanes < n ? load(s + c * kLanes) : splat(-kInf));
+    store(s + c * kLanes, lane + c * kLanes < n ? load(s + c * kLanes) : splat(-kInfinity));
 }
 
 // Turns a row's scores into probabilities relative to its running maximum; rescales l and o when that moves.
@@ -367,7 +367,7 @@ template <class T>
 void attend(const Rows& x, const Keys<T>& keys, int64_t d_size) {
   std::fill(x.o, x.o + x.rows * d_size, 0.f);
   std::fill(x.l, x.l + x.rows, Vec{});
-  std::fill(x.m, x.m + x.rows, -kInf);
+  std::fill(x.m, x.m + x.rows, -kInfinity);
   const int end = x.visible(x.rows - 1);
   for (int start = 0; start < end; start += kTile) {
     const int n = std::min(kTile, end - start);

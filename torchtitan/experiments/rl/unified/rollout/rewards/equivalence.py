@@ -12,7 +12,9 @@ commands, without towers of powers, factorials, sums or integrals. Others are wo
 
 import contextlib
 import functools
+import itertools
 import logging
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -21,10 +23,13 @@ from fractions import Fraction
 from torchtitan.experiments.rl.unified.rollout.answers import answer_values, final_segment, reference_values
 from torchtitan.experiments.rl.unified.rollout.rewards.base import RewardInput
 
-MAX_CHARS = 100
+MAX_CHARS = 80
+# Each level of brackets doubles, in the worst case, what the parser tries.
+MAX_DEPTH = 4
 MAX_DIGITS = 40
-MAX_EXPONENT = 200
-# Powers of sums of symbols and roots are multiplied out.
+# The product of the exponents of an expression of numbers, as powers may stand on one another; with symbols and roots,
+# which sympy multiplies out, their sum.
+MAX_EXPONENTS = 10_000
 MAX_SYMBOLIC_EXPONENTS = 6
 MAX_SYMBOLS = 2
 
@@ -63,16 +68,21 @@ def is_bounded(expression: str) -> bool:
     bare = re.sub(r"\\[a-zA-Z]+", " ", expression)
     powers = _EXPONENT.findall(expression)
     symbols = set(re.findall(r"[a-zA-Z]", bare))
-    symbolic = symbols or "sqrt" in commands or "/" in "".join(power for power, _ in powers)
+    symbolic = symbols or commands & {"sqrt", "pi"} or "/" in "".join(power for power, _ in powers)
     exponents = [abs(int(part)) for power, _ in powers for part in power.split("/")]
     return (
         commands <= _COMMANDS
         and not re.search(rf"[!_&@#?|'\"]|\\[^a-zA-Z{{}}]|\d{{{MAX_DIGITS + 1}}}", bare)
         and len(powers) == expression.count("^") + expression.count("**")
+        and _depth(expression) <= MAX_DEPTH
         and len(symbols) <= MAX_SYMBOLS
-        and all(exponent <= MAX_EXPONENT for exponent in exponents)
+        and math.prod(max(exponent, 1) for exponent in exponents) <= MAX_EXPONENTS
         and (not symbolic or sum(exponents) <= MAX_SYMBOLIC_EXPONENTS)
     )
+
+
+def _depth(expression: str) -> int:
+    return max(itertools.accumulate((c in "([{") - (c in ")]}") for c in expression))
 
 
 def _expression(text: str) -> tuple[str, bool]:

@@ -1,0 +1,42 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""vLLM's batch-invariant kernels for CUDA, with an end to them. Importing this module imports vLLM."""
+
+import torch
+from vllm.model_executor.determinism import batch_invariant as vllm_batch_invariant
+
+# TF32 rounds a product's inputs; vLLM switches it off beside its mode.
+_PRECISIONS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+_SETTINGS = [(module, "fp32_precision") for module in _PRECISIONS]
+_SETTINGS += [(torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction") for dtype in ("fp16", "bf16")]
+# What uninstall puts back; empty where vLLM had switched its mode on, for good.
+_before: list[object] = []
+
+
+def install() -> None:
+    """Switches vLLM's mode on, with exact fp32 products, in the whole process.
+
+    From Hopper on, cuBLAS reads from the environment, at its first product, that it must not split sums: install
+    before that.
+    """
+    if vllm_batch_invariant._batch_invariant_MODE:
+        return
+    _before[:] = [getattr(module, name) for module, name in _SETTINGS]
+    vllm_batch_invariant.enable_batch_invariant_mode()
+    for module in _PRECISIONS:
+        module.fp32_precision = "ieee"
+
+
+def uninstall() -> None:
+    """Gives torch its kernels and settings back."""
+    if not _before:
+        return
+    vllm_batch_invariant._batch_invariant_LIB._destroy()
+    vllm_batch_invariant._batch_invariant_LIB = None
+    vllm_batch_invariant._batch_invariant_MODE = False
+    for (module, name), value in zip(_SETTINGS, _before, strict=True):
+        setattr(module, name, value)
+    _before.clear()
