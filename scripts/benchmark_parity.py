@@ -7,7 +7,7 @@
 
     python scripts/benchmark_parity.py [--dtype float32] [--rounds 5]
 
-Generation: two engines of one random model in two processes that take turns, 32 requests with contexts up to 1,000
+Generation: two engines of one random model in two processes that take turns, 32 requests, contexts up to 1,000
 tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops with
 its scaled_dot_product_attention on each sequence. Prints tokens per second (median of the rounds) and their ratio.
 """
@@ -29,13 +29,20 @@ from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_con
 from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
-MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536, "vocab_size": 512}
+MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
 REQUESTS, PROMPT_TOKENS, SAMPLED_TOKENS = 32, 900, 100
 
 
 def job(folder: Path, dtype: str, mode: str, parity: str) -> JobConfig:
     flags = ["--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype, "--parity.check", parity]
-    flags += ["--training.seq_len", "1024", "--generator.kv_cache_gib", "1", "--sampling.max_tokens", str(SAMPLED_TOKENS)]
+    flags += [
+        "--training.seq_len",
+        "1024",
+        "--sampling.max_tokens",
+        str(SAMPLED_TOKENS),
+        "--generator.kv_cache_gib",
+        "1",
+    ]
     flags += ["--parallelism.data_parallel_replicate_degree", "1", "--job.dump_folder", str(folder / "out")]
     config = load_job_config(flags)
     write_random_checkpoint(folder / "model", "random", {**MODEL, "max_seq_len": 1024})
@@ -115,7 +122,8 @@ def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:
     trainer = RLTrainer(config)
     trainer.load()
     completion = list(range(3, 3 + SAMPLED_TOKENS))
-    trajectories = [Trajectory(r, completion, torch.full((SAMPLED_TOKENS,), -6.0), 0, "stop", "") for r in requests()[:16]]
+    logprobs = torch.full((SAMPLED_TOKENS,), -6.0)
+    trajectories = [Trajectory(request, completion, logprobs, 0, "stop", "") for request in requests()[:16]]
     tokens = sum(len(t.request.prompt_ids) + SAMPLED_TOKENS for t in trajectories)
     rates: dict[str, list[float]] = {"on": [], "off": []}
     for turn in range(rounds + 1):

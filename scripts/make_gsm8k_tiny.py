@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivan Jill Kofi Lena Max Nina Omar Pia Ravi Sara Tom Yuki".split()
-THINGS = "apples beads books cards coins cups eggs flowers hats kites lemons marbles nuts pens plums rings shells stamps toys".split()
+THINGS = "apples beads books cards coins cups eggs flowers hats kites lemons marbles nuts pens plums rings".split()
+THINGS += "shells stamps toys".split()
 
 # A step is one operation, (left, operator, right); the last one's result is the answer.
 Step = tuple[int, str, int]

@@ -169,9 +169,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS / "qwen3_tiny")
     parser.add_argument("--data", type=Path, default=ASSETS / "gsm8k_tiny")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--problems", type=int, default=500, help="held-out problems to evaluate on")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what is in --out")
     args = parser.parse_args()
 
@@ -186,7 +187,7 @@ def main() -> None:
         write_configs(args.out, model_args, AutoTokenizer.from_pretrained(args.out))
         train(args.out, args.data, args.steps, args.learning_rate, args.seed)
     for temperature in (1.0, 0.0):
-        rate = evaluate(args.out, args.data, 500, temperature)
+        rate = evaluate(args.out, args.data, args.problems, temperature)
         print(f"held-out problems solved at temperature {temperature}: {rate:.3f}")
 
 

@@ -109,7 +109,9 @@ def same(one: list[Trajectory], other: list[Trajectory]) -> ParityReport:
     report = ParityReport()
     for a, b in zip(one, other, strict=True):
         if a.completion_ids != b.completion_ids:
-            report += ParityReport(len(a.completion_ids), len(a.completion_ids), torch.inf, f"tokens of {a.request.uid}")
+            report += ParityReport(
+                len(a.completion_ids), len(a.completion_ids), torch.inf, f"tokens of {a.request.uid}"
+            )
         else:
             report += compare(a.logprobs, b.logprobs, lambda token: f"token {token} of {a.request.uid}")
     return report
@@ -233,12 +235,24 @@ def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
                 *update_cases(pair, vocab, 16, 48),
             ),
         ),
-        Setup("chunks of 64", model, {"generator.max_num_batched_tokens": 64, "generator.max_num_seqs": 64},
-              lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32)),
-        Setup("chunks of 512", model, {"generator.max_num_batched_tokens": 512},
-              lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32)),
-        Setup("preemption", model, {"training.seq_len": 256, "generator.kv_cache_gib": 0.001},
-              lambda pair, vocab: preemption_cases(pair, vocab, 32, 100, 64)),
+        Setup(
+            "chunks of 64",
+            model,
+            {"generator.max_num_batched_tokens": 64, "generator.max_num_seqs": 64},
+            lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32),
+        ),
+        Setup(
+            "chunks of 512",
+            model,
+            {"generator.max_num_batched_tokens": 512},
+            lambda pair, vocab: batch_cases(pair, vocab, (8, 32), 400, 32),
+        ),
+        Setup(
+            "preemption",
+            model,
+            {"training.seq_len": 256, "generator.kv_cache_gib": 0.001},
+            lambda pair, vocab: preemption_cases(pair, vocab, 32, 100, 64),
+        ),
     ]
     if own_checkpoint:
         return found
@@ -246,8 +260,12 @@ def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
         for ratio in (1, 2, 4):
             shape = {**model, "head_dim": head_dim, "n_heads": 4, "n_kv_heads": 4 // ratio}
             found.append(
-                Setup(f"head_dim {head_dim}, GQA {ratio}:1, contexts 64, 1000, 4000", shape,
-                      {"training.seq_len": 4200, "generator.kv_cache_gib": 0.5}, plain_cases(32, 4, [64, 1000, 4000]))
+                Setup(
+                    f"head_dim {head_dim}, GQA {ratio}:1, contexts 64, 1000, 4000",
+                    shape,
+                    {"training.seq_len": 4200, "generator.kv_cache_gib": 0.5},
+                    plain_cases(32, 4, [64, 1000, 4000]),
+                )
             )
     untied = {**model, "enable_weight_tying": False}
     return [*found, Setup("untied embeddings", untied, {}, lambda pair, vocab: update_cases(pair, vocab, 16, 48))]

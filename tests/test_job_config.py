@@ -32,7 +32,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 def test_the_written_config_reads_as_the_same_job(tmp_path):
-    config = job(tmp_path, '[reward.weights]\nformat = 0.5\n[training]\nmax_norm = 2\n')
+    config = job(tmp_path, "[reward.weights]\nformat = 0.5\n[training]\nmax_norm = 2\n")
     write_toml(config, tmp_path / "resolved.toml")
     assert load_job_config(["--job.config_file", str(tmp_path / "resolved.toml")]).to_dict() == config.to_dict()
 

@@ -58,7 +58,9 @@ def test_a_torchtitan_model_computes_a_packed_sequence_as_it_does_alone():
 
 
 def test_every_inner_attention_is_replaced_and_a_model_without_one_is_an_error():
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"inner_attention": nn.Identity()}) for _ in range(2))})
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({"inner_attention": nn.Identity()}) for _ in range(2))}
+    )
     names = []
     replace_inner_attention(model, lambda name: names.append(name) or PackedAttention())
     assert names == ["layers.0.inner_attention", "layers.1.inner_attention"]

@@ -178,7 +178,12 @@ def write_checkpoint(folder: Path, model: Qwen3Model, dtype: str, torchtitan_nam
         weights.pop("output.weight")
     folder.mkdir()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-    extra = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": dtype, "max_position_embeddings": 256}
+    extra = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "dtype": dtype,
+        "max_position_embeddings": 256,
+    }
     (folder / "config.json").write_text(json.dumps(hf_config(model.model_args) | extra))
     return folder
 

@@ -106,7 +106,7 @@ def test_torchtitans_text_dataset_reads_the_same_rows():
     register_datasets()
     register_datasets()
     text = HuggingFaceTextDataset("gsm8k_tiny", None, HuggingFaceTokenizer(str(CHECKPOINT)), seq_len=64)
-    (inputs, labels) = next(iter(text))
+    inputs, labels = next(iter(text))
     assert inputs["input"].shape == labels.shape == (64,)
     assert len(DATASETS["gsm8k_tiny"].loader(DATASETS["gsm8k_tiny"].path)) == 6000
 

@@ -21,7 +21,7 @@ STD_EPSILON = 1e-6
 
 
 def grpo(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Rewards relative to their group, in its standard deviations (of the group itself, not an estimate of a larger one).
+    """Rewards relative to their group, in its standard deviations (the group's own, not an estimate of a larger one's).
 
     Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
     """

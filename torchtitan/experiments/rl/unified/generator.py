@@ -6,7 +6,6 @@
 """The policy's generator: vLLM's engine in this process, with weights that can be replaced in place."""
 
 import os
-from collections.abc import Iterable
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -68,15 +67,15 @@ class Generator:
             ],
             use_tqdm=False,
         )
-        return [
-            self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)
-        ]
+        return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs."""
         self.engine.collective_rpc("update_policy_weights", args=(update, self.config.weight_sync.transport))
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError(f"the prefix cache outlived the update to version {update.version}: requests are running")
+            raise RuntimeError(
+                f"requests ran during the update to version {update.version}: their prefix cache is stale"
+            )
         self.policy_version = update.version
         return self.policy_version
 

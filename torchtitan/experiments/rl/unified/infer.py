@@ -59,8 +59,8 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     max_model_len = min(len(prompt_ids) + args.max_tokens, model_args.max_seq_len)
     if args.max_tokens < 1 or max_model_len < len(prompt_ids) + args.max_tokens:
         raise ValueError(
-            f"a prompt of {len(prompt_ids)} tokens and --max-tokens {args.max_tokens} do not fit the model's context of "
-            f"{model_args.max_seq_len}"
+            f"a prompt of {len(prompt_ids)} tokens and --max-tokens {args.max_tokens} do not fit the model's context "
+            f"of {model_args.max_seq_len}"
         )
 
     from torchtitan.experiments.rl.unified.generator import build_engine

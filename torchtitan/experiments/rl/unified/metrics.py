@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import torch
-
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
 from torchtitan.experiments.rl.unified.job_config import JobConfig, write_toml
 from torchtitan.experiments.rl.unified.parity import ParityReport
@@ -139,8 +138,8 @@ class RunRecord:
             _append(self._samples, sample)
         self._loggers.log({key: value for key, value in metrics.items() if key != "step"}, metrics["step"])
         self._bar.set_postfix_str(
-            f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, {metrics['tokens_per_second']:.0f} tok/s, "
-            f"parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
+            f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
+            f"{metrics['tokens_per_second']:.0f} tok/s, parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
         )
         self._bar.update()
 

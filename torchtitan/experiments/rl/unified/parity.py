@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""The claim of this experiment, checked: the trainer's log-prob of every sampled token is the generator's, bit for bit."""
+"""The claim of this experiment, checked: each sampled token's log-prob is the same bits in generator and trainer."""
 
 from dataclasses import dataclass
 

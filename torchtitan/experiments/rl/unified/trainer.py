@@ -138,9 +138,7 @@ class RLTrainer(Trainer):
         lengths = microbatch.cu_seqlens.diff()
         longest = int(lengths.max())
         metadata = VarlenMetadata(microbatch.cu_seqlens, microbatch.cu_seqlens, longest, longest)
-        logits = self.model_parts[0](
-            microbatch.tokens, attention_masks=metadata, positions=microbatch.positions
-        )
+        logits = self.model_parts[0](microbatch.tokens, attention_masks=metadata, positions=microbatch.positions)
         sampled_T = microbatch.labels[0] != IGNORE_INDEX
         sampling = self.job_config.sampling
         return sampling_logprobs(

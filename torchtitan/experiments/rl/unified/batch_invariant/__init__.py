@@ -6,5 +6,6 @@
 """Forward arithmetic in which a row has the same bits whatever the other rows are."""
 
 from torchtitan.experiments.rl.unified.batch_invariant.mode import batch_invariant_mode
+from torchtitan.experiments.rl.unified.batch_invariant.support import check_supported
 
-__all__ = ["batch_invariant_mode"]
+__all__ = ["batch_invariant_mode", "check_supported"]

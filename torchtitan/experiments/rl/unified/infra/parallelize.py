@@ -10,15 +10,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor, DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module, RowwiseParallel
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
+from torchtitan.experiments.rl.unified.model.compat import to_compat
 from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
 
 def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """The TrainSpec's `parallelize_fn` for a trained policy: attention, then TP, then checkpointing, then data parallel.
+    """The TrainSpec's `parallelize_fn` for a policy: arithmetic, then TP, then activation checkpointing, then DDP.
 
     Args:
         model: a TrainSpec model on the meta device, `attn_type` "varlen".
@@ -28,6 +29,8 @@ def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config
     Returns:
         The same model, parallelized in place.
     """
+    if job_config.rl.mode == "vllm_compat":
+        to_compat(model)
     replace_inner_attention(model, lambda name: PackedAttention())
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))

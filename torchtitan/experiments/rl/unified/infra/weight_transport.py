@@ -130,4 +130,3 @@ def _layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorEntry],
 def _view(buffer: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     nbytes = entry.dtype.itemsize * torch.Size(entry.shape).numel()
     return buffer[entry.offset : entry.offset + nbytes].view(entry.dtype).view(entry.shape)
-

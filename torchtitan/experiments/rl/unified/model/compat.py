@@ -87,9 +87,7 @@ class CompatBlock(TransformerBlock):
 class CompatAttention(Attention):
     """vLLM's Qwen3Attention."""
 
-    def forward(
-        self, hidden_TC: torch.Tensor, rope_TD: torch.Tensor, attention_masks: VarlenMetadata
-    ) -> torch.Tensor:
+    def forward(self, hidden_TC: torch.Tensor, rope_TD: torch.Tensor, attention_masks: VarlenMetadata) -> torch.Tensor:
         """Attention output (T, C)."""
         projections = self.wq, self.wk, self.wv
         xq, xk, xv = (x.unflatten(-1, (-1, self.head_dim)) for x in _fused_linear(hidden_TC, projections))

@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""What a generator hands to a trainer: sampled tokens as they were sampled, never text that would be tokenised again."""
+"""What a generator hands to a trainer: tokens as they were sampled, never text that would be tokenised again."""
 
 import hashlib
 from dataclasses import dataclass

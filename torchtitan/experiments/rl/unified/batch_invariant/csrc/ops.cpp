@@ -40,7 +40,7 @@ namespace {
 
 constexpr int64_t kTile = 16;
 constexpr int64_t kNativeGemm = 4096;
-constexpr int64_t kGrain = 8192;  // elements a thread takes at least
+constexpr int64_t kGrain = 32768;  // elements a thread takes at least, as torch has it
 
 enum Path { kAsk = 0, kDirect = 1, kTiled = 2 };
 using Ask = int (*)(int64_t k, int64_t n, int dtype, int transposed);

@@ -9,19 +9,15 @@ A thread cannot be stopped, and one that holds the interpreter's lock (a regular
 cannot even be waited for. A process can be ended, and the run then says which reward hung on which sample.
 """
 
-import faulthandler
-import importlib
-import math
-import numbers
 import os
 import subprocess
 import sys
 import threading
-import traceback
 import weakref
 from multiprocessing import connection
+from pathlib import Path
 
-from torchtitan.experiments.rl.unified.rollout.rewards.base import Reward, RewardInput
+from torchtitan.experiments.rl.unified.rollout.rewards.base import RewardInput
 
 # The function's module may import heavy libraries.
 START_SECONDS = 120.0
@@ -55,8 +51,8 @@ class UserReward:
         with self._lock:
             if self._connection.closed:
                 self._start()
-            self._connection.send((sample, self.timeout_seconds))
-            return self._receive(self.timeout_seconds + GRACE_SECONDS, f"it took more than {self.timeout_seconds} s")
+            overdue = f"it took more than {self.timeout_seconds} s"
+            return self._ask((vars(sample), self.timeout_seconds), self.timeout_seconds + GRACE_SECONDS, overdue)
 
     def close(self) -> None:
         """Ends the process. A later call starts it again."""
@@ -65,15 +61,20 @@ class UserReward:
     def _start(self) -> None:
         self._connection, theirs = connection.Pipe()
         with theirs:
-            command = f"import {__name__} as user; user.serve({theirs.fileno()})"
-            process = subprocess.Popen([sys.executable, "-c", command], pass_fds=[theirs.fileno()])
+            command = [sys.executable, str(Path(__file__).with_name("user_process.py")), str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         self._end = weakref.finalize(self, _end, self._connection, process)
-        self._connection.send((sys.path, self.path))
-        self._receive(START_SECONDS, f"importing it took more than {START_SECONDS} s")
+        # The working directory is where people put a module of their own; a command's sys.path need not have it.
+        self._ask(
+            ([*sys.path, os.getcwd()], self.path),
+            START_SECONDS,
+            f"importing {self.path!r} took more than {START_SECONDS} s",
+        )
 
-    def _receive(self, timeout_seconds: float, overdue: str) -> float:
+    def _ask(self, message: tuple, limit_seconds: float, overdue: str) -> float:
         try:
-            if not self._connection.poll(timeout_seconds):
+            self._connection.send(message)
+            if not self._connection.poll(limit_seconds):
                 raise EOFError
             error, value = self._connection.recv()
         except (EOFError, ConnectionError):
@@ -82,49 +83,6 @@ class UserReward:
         if error is not None:
             raise ValueError(error)
         return value
-
-
-def serve(descriptor: int) -> None:
-    """The process's side: answers (error, value) to each sample until the other side is gone."""
-    parent = connection.Connection(descriptor)
-    sys.path[:], path = parent.recv()
-    try:
-        function = _load(path)
-    except BaseException as error:
-        parent.send((f"reward {path!r} cannot be used: {_describe(error)}", None))
-        return
-    parent.send((None, 0.0))
-    while True:
-        try:
-            sample, timeout_seconds = parent.recv()
-        except EOFError:
-            return
-        faulthandler.dump_traceback_later(timeout_seconds, exit=True)
-        reply = _evaluate(function, sample)
-        faulthandler.cancel_dump_traceback_later()
-        parent.send(reply)
-
-
-def _load(path: str) -> Reward:
-    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    function = getattr(importlib.import_module(module), name)
-    if not callable(function):
-        raise TypeError(f"{name} is {type(function).__name__}, not a function")
-    return function
-
-
-def _evaluate(function: Reward, sample: RewardInput) -> tuple[str | None, float | None]:
-    try:
-        value = function(sample)
-    except BaseException as error:
-        return f"{_describe(error)}\n{''.join(traceback.format_tb(error.__traceback__)[1:])}", None
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return f"it returned {value!r:.200}, which is not a finite number", None
-    return None, float(value)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _end(parent: connection.Connection, process: subprocess.Popen) -> None:

@@ -1,0 +1,72 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The process of a user's reward: reads samples from a pipe, answers each with (error, value).
+
+Run by its path and not imported: importing anything of torchtitan imports torch, which the user's function may do
+without.
+"""
+
+import faulthandler
+import importlib
+import math
+import numbers
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def serve(parent: Connection) -> None:
+    """Answers until the other side is gone. A sample that takes too long ends the process, its stack on stderr."""
+    sys.path[:], path = parent.recv()
+    try:
+        function = _load(path)
+    except BaseException as error:
+        parent.send((f"reward {path!r} cannot be used: {_describe(error)}", None))
+        return
+    parent.send((None, 0.0))
+    reward_input = runpy.run_path(str(Path(__file__).with_name("base.py")))["RewardInput"]
+    while True:
+        try:
+            fields, timeout_seconds = parent.recv()
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(timeout_seconds, exit=True)
+        reply = _evaluate(function, reward_input(**fields))
+        faulthandler.cancel_dump_traceback_later()
+        parent.send(reply)
+
+
+def _load(path: str) -> Callable[[Any], float]:
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{name} is {type(function).__name__}, not a function")
+    return function
+
+
+def _evaluate(function: Callable[[Any], float], sample: Any) -> tuple[str | None, float | None]:
+    try:
+        value = function(sample)
+    except BaseException as error:
+        return f"{_describe(error)}\n{''.join(traceback.format_tb(error.__traceback__)[1:])}", None
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return f"it returned {repr(value)[:200]}, which is not a finite number", None
+    return None, float(value)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    # Ctrl-C reaches the whole group; the parent decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(Connection(int(sys.argv[1])))
