@@ -5,8 +5,8 @@
 
 """Write ``gsm8k_tiny``: short word problems in GSM8K's format, the same for the same seed.
 
-Each row is ``{"question", "answer"}`` and each answer ends in "#### n", as in openai/gsm8k. Half of
-the answers show their working, one operation a line; the other half state the result at once. A
+Each row is ``{"question", "answer"}`` and each answer ends in "#### n", as in openai/gsm8k. Some of
+the answers (40%) show their working, one operation a line; the others state the result at once. A
 model that imitates them does both, and is right far more often when it shows its working: that is
 what reinforcement learning on this task can find out.
 
@@ -83,7 +83,7 @@ def make_rows(seed: int) -> Iterator[dict[str, str]]:
     while True:
         name, friend = r.sample(NAMES, 2)
         question, steps = r.choice(KINDS)(r, name, friend, r.choice(THINGS))
-        shows_working = r.random() < 0.5
+        shows_working = r.random() < 0.4
         if question in seen:
             continue
         seen.add(question)

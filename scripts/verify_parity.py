@@ -277,7 +277,7 @@ def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: i
     alone = [pair.sample([request], tokens)[0] for request in requests[:4]]
     scheduler = pair.generator.engine.llm_engine.engine_core.engine_core.scheduler
     preempt, preempted = scheduler._preempt_request, []
-    scheduler._preempt_request = lambda request, *rest: (preempted.append(request), preempt(request, *rest))[1]
+    scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(args), preempt(*args, **kwargs))[1]
     batch = pair.sample(requests, tokens, threads=2)
     assert preempted, "the cache was large enough: this case shows nothing"
     yield "", pair.check(batch)

@@ -128,12 +128,13 @@ def test_what_the_kernel_has_is_accepted(in_vllm_process, dtype):
     assert in_vllm_process(complaint_about, {}, dtype) == ""
 
 
-def make_checkpoint(folder: Path, head_dim: int) -> Path:
+def make_checkpoint(folder: Path) -> Path:
     """A Qwen3 with random weights, large enough that attention is far from uniform."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(CHECKPOINT, initializer_range=0.2, head_dim=head_dim, dtype=torch.float32)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = AutoConfig.from_pretrained(CHECKPOINT, initializer_range=0.2, dtype=torch.float32, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -146,10 +147,10 @@ def complete(checkpoint: Path, dtype: str) -> tuple[list, list, dict[str, float]
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    block_bytes = 4 * 2 * 32 * 128 * torch.finfo(getattr(torch, dtype)).bits // 8  # layers, heads, tokens, K and V
+    block_bytes = 2 * 2 * 32 * 128 * torch.finfo(getattr(torch, dtype)).bits // 8  # layers, heads, tokens, K and V
     engine = LLM(
         str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, block_size=32,
-        kv_cache_memory_bytes=20 * block_bytes, max_num_batched_tokens=48, max_num_seqs=8, disable_log_stats=False, seed=0,
+        kv_cache_memory_bytes=20 * block_bytes, max_num_batched_tokens=48, max_num_seqs=8, disable_log_stats=False,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     shared = torch.randint(3, 500, (64,), generator=generator).tolist()
@@ -162,7 +163,10 @@ def complete(checkpoint: Path, dtype: str) -> tuple[list, list, dict[str, float]
     def run(batch: list) -> list:
         engine.reset_prefix_cache()
         outputs = [done.outputs[0] for done in engine.generate(batch, sampling, use_tqdm=False)]
-        return [(list(o.token_ids), [step[i].logprob for step, i in zip(o.logprobs, o.token_ids)]) for o in outputs]
+        return [
+            (list(o.token_ids), [step[i].logprob for step, i in zip(o.logprobs, o.token_ids, strict=True)])
+            for o in outputs
+        ]
 
     together = run(prompts)
     counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
@@ -175,7 +179,7 @@ def complete(checkpoint: Path, dtype: str) -> tuple[list, list, dict[str, float]
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_shared_prefixes_and_preemption_leave_no_trace(in_vllm_process, tmp_path, dtype):
-    checkpoint = make_checkpoint(tmp_path, head_dim=64)
+    checkpoint = make_checkpoint(tmp_path)
     together, alone, counters, attention = in_vllm_process(complete, checkpoint, dtype)
     assert attention == "BatchInvariantImpl"
     assert counters["vllm:num_preemptions"] > 0 and counters["vllm:prefix_cache_hits"] > 0

@@ -249,6 +249,7 @@ ARITHMETIC = [
     ("5 \u00d7 3", "5", False),
     ("2*3", "2", False),
     ("2^3", "2", False),
+    ("2**3", "2", False),
     ("10\u00b2", "10", False),
     ("10\u00b2", "102", False),
     ("2\\sqrt{3}", "2", False),

@@ -7,13 +7,15 @@
 
 import gc
 import os
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torchtitan.experiments.rl.unified.rollout.rewards import RewardError, RewardInput, Rewards, REWARDS
-from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import is_bounded, math_verify
+from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import _equal, is_bounded, math_verify
 
 # What a user may write. `backtracks` hangs inside one call of C code that holds the interpreter's lock.
 USERS_MODULE = """
@@ -46,6 +48,12 @@ def hangs(sample):
 def backtracks(sample):
     return float(bool(re.match(r"(a+)+$", "a" * 40 + "b")) if "4" in sample.completion else 1)
 
+def hangs_after_its_number(sample):
+    with open(sample.completion, "w") as file:
+        file.write(f"{os.getpid()}\\n")
+    while True:
+        pass
+
 def leaves(sample):
     os._exit(3)
 
@@ -57,6 +65,9 @@ def returns_nan(sample):
 
 def returns_text(sample):
     return "1.0"
+
+def returns_too_much(sample):
+    return 10 ** 400
 
 def returns_none(sample):
     pass
@@ -87,12 +98,19 @@ def score(name: str, *samples: RewardInput, timeout_seconds: float = 30.0) -> li
         rewards.close()
 
 
+def wait_until(happened, limit_seconds: float = 60.0) -> None:
+    end = time.monotonic() + limit_seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
 def running(process: int) -> bool:
+    """Whether it still does anything: one that ended may wait for its parent to notice."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
         return False
-    return True
 
 
 @pytest.mark.parametrize(
@@ -167,6 +185,7 @@ def test_math_verify(completion, answer, reward):
 
 
 def test_math_verify_works_off_the_main_thread():
+    _equal.cache_clear()
     results = []
     pairs = EQUAL + UNEQUAL
     thread = threading.Thread(target=lambda: results.extend(math_verify(sample(*pair)) for pair in pairs))
@@ -279,6 +298,12 @@ def test_a_users_reward_gets_the_sample_as_it_is(users_module, path):
     assert score(path, sample("abc"), sample("\ud800\x00" * 50_000)) == [0.03, 1000.0]
 
 
+def test_a_users_module_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "rewards_here.py").write_text("def one(sample):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert score("rewards_here:one", sample("18")) == [1.0]
+
+
 def test_a_users_truth_is_a_number(users_module):
     assert score("users_rewards:right", sample("18"), sample("19")) == [1.0, 0.0]
 
@@ -296,8 +321,9 @@ def test_users_rewards_stand_beside_others(users_module):
     [
         ("raises", "ZeroDivisionError: no fours, please"),
         ("returns_nan", "it returned nan, which is not a finite number"),
-        ("returns_text", "it returned '1.0', which is not a finite number"),
-        ("returns_none", "it returned None, which is not a finite number"),
+        ("returns_too_much", "OverflowError"),
+        ("returns_text", "it returned '1.0', which is not a number"),
+        ("returns_none", "it returned None, which is not a number"),
         ("exits", "SystemExit: 3"),
         ("leaves", "ended its process"),
     ],
@@ -338,6 +364,21 @@ def test_no_process_is_left_behind(users_module):
     del rewards
     gc.collect()
     assert not running(restarted)
+
+
+def test_a_hanging_reward_does_not_outlive_a_killed_run(users_module, tmp_path):
+    place = tmp_path / "number"
+    code = f"""if True:
+        from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, Rewards
+        sample = RewardInput("", {str(place)!r}, "", 1, False, 1)
+        Rewards({{"users_rewards:hangs_after_its_number": 1.0}}, 3.0).score([sample])
+    """
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as run:
+        wait_until(lambda: place.exists() and place.read_text().endswith("\n"))
+        run.kill()
+    process = int(place.read_text())
+    assert running(process)
+    wait_until(lambda: not running(process))
 
 
 def test_users_rewards_work_off_the_main_thread(users_module):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, ExitStack
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, TextIO, TYPE_CHECKING
 
 import torch
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
@@ -111,9 +111,12 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         self.folder.mkdir(parents=True, exist_ok=True)
         write_toml(self.config, self.folder / "config.toml")
+        self.history = [m for m in _read(self.folder / "metrics.jsonl") if m["step"] <= self.first_step]
+        samples = [s for s in _read(self.folder / "samples.jsonl") if s["step"] <= self.first_step]
         self._stack = ExitStack()
-        self._metrics = self._stack.enter_context(open(self.folder / "metrics.jsonl", "a"))
-        self._samples = self._stack.enter_context(open(self.folder / "samples.jsonl", "a"))
+        # Steps after the checkpoint are taken again: their lines go.
+        self._metrics = self._stack.enter_context(_rewrite(self.folder / "metrics.jsonl", self.history))
+        self._samples = self._stack.enter_context(_rewrite(self.folder / "samples.jsonl", samples))
         self._loggers = self._stack.enter_context(closing(self._build_loggers()))
         steps = self.config.training.steps
         self._bar = self._stack.enter_context(
@@ -190,15 +193,38 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Renames a folder that already holds a run, so that a new one loses nothing; returns its new name."""
-    if not (folder / "metrics.jsonl").exists():
+def set_aside(config: JobConfig) -> Path | None:
+    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name."""
+    folder = Path(config.job.dump_folder)
+    resumes = config.checkpoint.enable and (folder / config.checkpoint.folder).exists()
+    if resumes or not (folder / "metrics.jsonl").exists():
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
     return aside
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, without a last line that was cut off in the middle of writing."""
+    if not path.exists():
+        return []
+    *rows, _ = path.read_text().split("\n")
+    try:
+        return [json.loads(row) for row in rows]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSONL ({error}): mend it or move the folder away") from error
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
+    """Replaces the file by `rows` and returns it open for more; a crash leaves the old file or the new one."""
+    draft = path.with_suffix(".tmp")
+    file = open(draft, "w")
+    for row in rows:
+        _append(file, row)
+    draft.rename(path)
+    return file
 
 
 def _append(file, row: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ Trainer, the generator one over vLLM's engine.
 
 import asyncio
 import sys
-from pathlib import Path
 
 from torchtitan.experiments.rl.unified.infra.process import honour_environment, quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
@@ -29,6 +28,8 @@ async def train(config: JobConfig, meshes, record, task) -> None:
         record: metrics.RunRecord.
         task: rollout.task.Task: prompts, rewards and advantages.
     """
+    if meshes.first_step:
+        task.load_state_dict(meshes.task_state)
     await meshes.sync_weights()
     for _ in range(meshes.first_step, config.training.steps):
         with record.step() as step:
@@ -37,7 +38,7 @@ async def train(config: JobConfig, meshes, record, task) -> None:
             with step.phase("reward"):
                 scored = task.score(trajectories)
             with step.phase("train"):
-                results = await meshes.train(trajectories, scored.advantages)
+                results = await meshes.train(trajectories, scored.advantages, task.state_dict())
             with step.phase("sync"):
                 version = await meshes.sync_weights()
             step.finish(trajectories, scored, results, version)
@@ -52,10 +53,10 @@ async def run(config: JobConfig) -> str:
     from torchtitan.experiments.rl.unified.actors.mesh import Meshes
     from torchtitan.experiments.rl.unified.metrics import RunRecord, set_aside
 
-    if aside := set_aside(Path(config.job.dump_folder)):
+    if aside := set_aside(config):
         print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
     async with Meshes(config) as meshes:
-        with RunRecord(config) as record:
+        with RunRecord(config, meshes.first_step) as record:
             await train(config, meshes, record, task)
             return record.summary()
 

@@ -8,6 +8,7 @@
 import contextlib
 import copy
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ class RLTrainer(Trainer):
         config = job_config.policy_loss
         self.policy_loss = policy_loss(config.name, config.clip_low, config.clip_high)
         self.parity = ParityReport()
+        self.task_state: dict[str, Any] = {}
         self._trajectories: list[Trajectory] = []
         # DDP averages gradients; a sum over the step's tokens wants their sum.
         self.gradient_scale = self.parallel_dims.dp_replicate if self.parallel_dims.dp_replicate_enabled else 1
@@ -90,12 +92,23 @@ class RLTrainer(Trainer):
         """Loads the newest checkpoint of the run, or the weights that training starts from."""
         self.checkpointer.load(step=self.job_config.checkpoint.load_step)
 
-    def step_on(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> StepResult:
-        """Takes one optimizer step on this rank's share of `trajectories`.
+    def state_dict(self) -> dict[str, Any]:
+        """Upstream's train state, and where the task stood after the step."""
+        return {**super().state_dict(), "task": json.dumps(self.task_state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.task_state = json.loads(state_dict["task"])
+
+    def step_on(
+        self, trajectories: list[Trajectory], advantages: torch.Tensor, task_state: dict[str, Any] | None = None
+    ) -> StepResult:
+        """Takes one optimizer step on this rank's share of `trajectories`; saves a checkpoint if one is due.
 
         Args:
             trajectories: of the whole step, the same list on every rank.
             advantages: fp32 (trajectories,).
+            task_state: what the controller needs to go on after this step, JSON-able; a checkpoint holds it.
 
         Raises:
             ParityError: a log-prob differs from the generator's and `[parity] check` is "assert"; no step was taken.
@@ -110,6 +123,8 @@ class RLTrainer(Trainer):
         packed = (vars(pack(trajectories, advantages, indices)).copy() for indices in microbatches)
         with self._arithmetic():
             self.train_step(self.batch_generator((fields, fields.pop("labels")) for fields in packed))
+        self.task_state = task_state or {}
+        self.checkpointer.save(self.step, last_step=self.step == self.job_config.training.steps)
         return StepResult(self.step, parity=self.parity, **self.metrics_processor.last)
 
     def forward_backward_step(

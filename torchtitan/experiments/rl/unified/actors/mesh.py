@@ -48,7 +48,7 @@ class Meshes:
                 _answer(self._trainer.setup.call(), limit, "the trainer to start"),
                 _answer(self._generator.setup.call_one(), limit, "the generator to start"),
             )
-            self.first_step: int = _rank0(steps)
+            self.first_step, self.task_state = _rank0(steps)
         except BaseException:
             await self._stop()
             raise
@@ -64,10 +64,12 @@ class Meshes:
         limit = self.config.generator.timeout_seconds
         return await _answer(self._generator.generate.call_one(requests), limit, f"{len(requests)} completions")
 
-    async def train(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> list[Any]:
-        """One optimizer step; returns each rank's trainer.StepResult."""
+    async def train(
+        self, trajectories: list[Trajectory], advantages: torch.Tensor, task_state: dict[str, Any]
+    ) -> list[Any]:
+        """One optimizer step, and a checkpoint if one is due; returns each rank's trainer.StepResult."""
         limit = self.config.trainer.timeout_seconds
-        results = await _answer(self._trainer.step.call(trajectories, advantages), limit, "a training step")
+        results = await _answer(self._trainer.step.call(trajectories, advantages, task_state), limit, "a training step")
         return [result for _, result in results.items()]
 
     async def sync_weights(self) -> int:

@@ -6,6 +6,7 @@
 """A trainer rank as a Monarch actor."""
 
 import os
+from typing import Any
 
 import torch
 from monarch.actor import Actor, endpoint
@@ -27,8 +28,8 @@ class TrainerActor(Actor):
         self.config = config
 
     @endpoint
-    def setup(self) -> int:
-        """Builds the trainer and loads its weights; returns the step it stands at."""
+    def setup(self) -> tuple[int, dict[str, Any]]:
+        """Builds the trainer and loads its state; returns the step it stands at and the task's state there."""
         quiet_libraries()
         torch.set_num_threads(self.config.trainer.num_threads or threads_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
         prepare_torchtitan()
@@ -37,12 +38,12 @@ class TrainerActor(Actor):
         self.trainer = RLTrainer(self.config)
         self.trainer.load()
         self.transport = build_transport(self.config.weight_sync.transport)
-        return self.trainer.step
+        return self.trainer.step, self.trainer.task_state
 
     @endpoint
-    def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):
+    def step(self, trajectories: list[Trajectory], advantages: torch.Tensor, task_state: dict[str, Any]):
         """One optimizer step on this rank's share; returns a trainer.StepResult."""
-        return self.trainer.step_on(trajectories, advantages)
+        return self.trainer.step_on(trajectories, advantages, task_state)
 
     @endpoint
     def send_weights(self) -> WeightUpdate | None:

@@ -13,6 +13,8 @@ import warnings
 import torch
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 
+PACKAGE = "torchtitan.experiments.rl.unified"
+
 
 def threads_of_rank(ranks: int) -> int:
     """CPU threads for one of `ranks` processes that share the cores this process may use."""
@@ -29,11 +31,9 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
-    logging.getLogger().setLevel(logging.WARNING)
-    # vLLM takes its level from the environment, but only once an engine is built.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    # torchtitan warns of each checkpoint that is one file and so has no index.
-    logging.getLogger().addFilter(lambda record: "index.json not found at hf_assets_path" not in record.getMessage())
+    # torchtitan logs to the root logger; vLLM takes its level from the environment, but only once an engine is built.
+    for name, level in (("", logging.ERROR), ("vllm", logging.ERROR), (PACKAGE, logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
 
 
 def honour_environment(config: JobConfig) -> None:

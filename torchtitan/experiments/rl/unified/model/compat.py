@@ -110,7 +110,10 @@ class CompatRMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalized sum of `x` and `residual`, and the sum; both of `x`'s shape (..., width) and dtype."""
-        return _AddRMSNorm.apply(x, residual, self.weight, self.eps)
+        weight = self.weight
+        if isinstance(weight, DTensor):  # replicated; of the heads' norms (T, H, D) each rank sees its own heads
+            weight = weight.to_local(grad_placements=[Partial() if x.ndim == 3 else Replicate()])
+        return _AddRMSNorm.apply(x, residual, weight, self.eps)
 
 
 class PaddedOutput(nn.Linear):

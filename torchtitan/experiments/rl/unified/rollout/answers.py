@@ -19,8 +19,8 @@ comma before one or two last digits is a decimal comma. A percent sign is a unit
 units ("2 dozen" where dozens were asked for) or factors (24), so both readings count.
 
 What is rejected: arithmetic left undone (3 + 4, 2^5, roots: math-verify's business), lists, ranges and ratios (5 or 6,
-5-6, 3:4), pairs such as (1,2), inequalities, malformed numbers (1,2345 or 1.2.3), division by zero, number words ("eighteen"), numbers
-of more than MAX_CHARS characters. A truncated completion must show that its number had ended.
+5-6, 3:4), pairs such as (1,2), inequalities, malformed numbers (1,2345 or 1.2.3), division by zero, number words
+("eighteen"), numbers of more than MAX_CHARS characters. A truncated completion must show that its number had ended.
 
 Every function takes any str, raises nothing, and takes time linear in the text: only MAX_CHARS characters behind a mark
 are looked at closely.
@@ -115,7 +115,7 @@ _RELATIONS = ("<", ">", "\u2260", "\u2264", "\u2265", "\u00b1", "\u221a")
 # What makes a number part of something longer: more digits, arithmetic, a second number beside it.
 _CONTINUES = re.compile(
     r"\d|[.,:/'_]\d|[\u00b2\u00b3\u00b9\u2070-\u2079]|\s*[\^\\\u221a\u03c0\u00b1]|\(\s*\d|\s*%\s*of\s+[.\d]"
-    r"|(?:\s*[a-zA-Z%]{1,20}[.]?)?\s*(?:\+/-|[-+*/]|[xX](?![a-wyzA-WYZ]))\s*[-(]?\s*[.\d]"
+    r"|(?:\s*[a-zA-Z%]{1,20}[.]?)?\s*(?:\+/-|\*\*|[-+*/]|[xX](?![a-wyzA-WYZ]))\s*[-(]?\s*[.\d]"
     r"|\s*(?:[,;&]|,?\s*\b(?:to|or|and)\b)?\s*[-+]?[.]?\d"
 )
 _LABEL = re.compile(r".*?(?:=|:(?!\d)|\b(?:is|are|was|be|equals)\b)(?=.*\d)")
@@ -258,7 +258,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    """The value of an unsigned decimal in one of the groupings, None for a malformed one."""
+    """The value of a decimal in one of the groupings, None for a malformed one."""
     sign = -1 if text.startswith("-") else 1
     text = text.lstrip("-")
     ungroup = next((ungroup for pattern, ungroup in _WRITTEN if pattern.fullmatch(text)), None)

@@ -6,6 +6,7 @@
 """What the policy is asked and how its answers are judged: prompts, seeds, rewards, advantages."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchtitan.experiments.rl.unified import preflight
@@ -47,6 +48,14 @@ class Task:
         self.rewards = preflight.load_rewards(config)
         self.prompts = preflight.load_prompts(config)
         self._asked: list[Prompt] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the prompts stand, JSON-able."""
+        return self.prompts.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        self.prompts.load_state_dict(state)
 
     def next_requests(self) -> list[Request]:
         """The next step's requests: `group_size` in a row for each of `prompts_per_step` prompts."""

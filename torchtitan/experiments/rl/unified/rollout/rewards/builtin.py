@@ -29,7 +29,7 @@ def gsm8k(sample: RewardInput) -> float:
 
 
 def format_reward(sample: RewardInput) -> float:
-    """1 if the completion ends by itself, and in GSM8K's form: one `####`, on the last line, a plain number behind it."""
+    """1 if the completion ends by itself and in GSM8K's form: one `####`, on the last line, and a plain number."""
     last_line = sample.completion.rstrip().rpartition("\n")[2]
     one_mark = sample.completion.count("####") == 1
     return float(one_mark and not sample.truncated and _ANSWER_LINE.fullmatch(last_line) is not None)

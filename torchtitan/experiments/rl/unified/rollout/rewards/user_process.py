@@ -11,7 +11,6 @@ without.
 
 import faulthandler
 import importlib
-import math
 import numbers
 import runpy
 import signal
@@ -38,7 +37,7 @@ def serve(parent: Connection) -> None:
             fields, timeout_seconds = parent.recv()
         except EOFError:
             return
-        faulthandler.dump_traceback_later(timeout_seconds, exit=True)
+        faulthandler.dump_traceback_later(timeout_seconds, exit=False)
         reply = _evaluate(function, reward_input(**fields))
         faulthandler.cancel_dump_traceback_later()
         parent.send(reply)
@@ -55,11 +54,11 @@ def _load(path: str) -> Callable[[Any], float]:
 def _evaluate(function: Callable[[Any], float], sample: Any) -> tuple[str | None, float | None]:
     try:
         value = function(sample)
+        if not isinstance(value, numbers.Real):
+            return f"it returned {repr(value)[:200]}, which is not a number", None
+        return None, float(value)
     except BaseException as error:
         return f"{_describe(error)}\n{''.join(traceback.format_tb(error.__traceback__)[1:])}", None
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return f"it returned {repr(value)[:200]}, which is not a finite number", None
-    return None, float(value)
 
 
 def _describe(error: BaseException) -> str:
