@@ -8,8 +8,8 @@
     python scripts/benchmark_parity.py [--dtype float32] [--rounds 5]
 
 Generation: two engines of one random model in two processes that take turns, 32 requests, contexts up to 1,000
-tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops with
-its scaled_dot_product_attention on each sequence. Prints tokens per second (median of the rounds) and their ratio.
+tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops
+with its scaled_dot_product_attention on each sequence. Prints tokens per second (median of the rounds) and the ratio.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def write_checkpoint(folder: Path, model: Qwen3Model, dtype: str, torchtitan_nam
 
 
 def complete(first: Path, second: Path, dtype: str, prompts: list[list[int]]) -> list[list[tuple[list, list]]]:
-    """Completions (ids, log-probs) by vLLM's own Qwen3 with the checkpoint `first`, then with the weights of `second`."""
+    """Completions (ids, log-probs) by vLLM's own Qwen3, started with `first`, then with the weights of `second`."""
     from torchtitan.experiments.rl.unified.generator import build_engine
     from vllm import SamplingParams, TokensPrompt
 

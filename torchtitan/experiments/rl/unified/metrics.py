@@ -142,7 +142,8 @@ class RunRecord:
         self._loggers.log({key: value for key, value in metrics.items() if key != "step"}, metrics["step"])
         self._bar.set_postfix_str(
             f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
-            f"{metrics['tokens_per_second']:.0f} tok/s, parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
+            f"{metrics['tokens_per_second']:.0f} tok/s, "
+            f"parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
         )
         self._bar.update()
 

@@ -8,8 +8,12 @@
 import math
 from pathlib import Path
 
+import torch
+from torchtitan.experiments.rl.unified.batch_invariant import check_supported
+from torchtitan.experiments.rl.unified.batch_invariant.attention import check_attention
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.loss import policy_loss
+from torchtitan.experiments.rl.unified.model.compat import to_compat
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 from torchtitan.experiments.rl.unified.model.spec import check_checkpoint_fits
 from torchtitan.experiments.rl.unified.rollout.datasets import PromptDataset
@@ -60,6 +64,37 @@ def check_batch(config: JobConfig) -> None:
             f"([parallelism] data_parallel_*_degree): make the one a multiple of the other"
         )
     policy_loss(config.policy_loss.name, config.policy_loss.clip_low, config.policy_loss.clip_high)
+
+
+def check_arithmetic(config: JobConfig) -> None:
+    """What the job asks for can be computed batch-invariantly, unless parity is off.
+
+    Raises:
+        ValueError: names the module, head size or setting that is not covered.
+    """
+    degrees = config.parallelism
+    for key in ("context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
+        if getattr(degrees, key) > 1:
+            raise ValueError(f"[parallelism] {key} = {getattr(degrees, key)}: policies here have no such split; use 1")
+    for key in ("data_parallel_shard_degree", "tensor_parallel_degree"):
+        if getattr(degrees, key) > 1:
+            raise ValueError(
+                f"[parallelism] {key} = {getattr(degrees, key)}: the trainer shards the batch only so far; use 1, and "
+                "data_parallel_replicate_degree for more ranks"
+            )
+    if config.parity.check == "off":
+        return
+    if config.model.converters or config.compile.enable:
+        setting = "[model] converters" if config.model.converters else "[compile] enable"
+        raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
+    spec = policy_train_spec(config.model.name)
+    args = spec.model_args[config.model.flavor]
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    check_supported(model)
+    check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+    if config.rl.mode == "vllm_compat":
+        to_compat(model)
 
 
 def load_prompts(config: JobConfig) -> PromptDataset:

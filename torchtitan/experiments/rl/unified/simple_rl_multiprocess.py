@@ -12,6 +12,7 @@ Trainer, the generator one over vLLM's engine.
 
 import asyncio
 import sys
+from contextlib import closing
 
 from torchtitan.experiments.rl.unified.infra.process import honour_environment, quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
@@ -48,17 +49,17 @@ async def run(config: JobConfig) -> str:
     """Checks the job, starts its processes, trains; returns the summary."""
     from torchtitan.experiments.rl.unified.rollout.task import Task
 
-    task = Task(config)
-    # Monarch starts threads at import: only a job that can run gets that far.
-    from torchtitan.experiments.rl.unified.actors.mesh import Meshes
-    from torchtitan.experiments.rl.unified.metrics import RunRecord, set_aside
+    with closing(Task(config)) as task:
+        # Monarch starts threads at import: only a job that can run gets that far.
+        from torchtitan.experiments.rl.unified.actors.mesh import Meshes
+        from torchtitan.experiments.rl.unified.metrics import RunRecord, set_aside
 
-    if aside := set_aside(config):
-        print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
-    async with Meshes(config) as meshes:
-        with RunRecord(config, meshes.first_step) as record:
-            await train(config, meshes, record, task)
-            return record.summary()
+        if aside := set_aside(config):
+            print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
+        async with Meshes(config) as meshes:
+            with RunRecord(config, meshes.first_step) as record:
+                await train(config, meshes, record, task)
+                return record.summary()
 
 
 def main(args: list[str]) -> int:

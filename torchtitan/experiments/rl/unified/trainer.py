@@ -144,7 +144,10 @@ class RLTrainer(Trainer):
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        loss = loss_N.sum() / global_valid_tokens
+        weight = global_valid_tokens
+        if self.policy_loss.normalization == "constant":
+            weight = len(self._trajectories) * self.job_config.sampling.max_tokens
+        loss = loss_N.sum() / weight
         (loss * self.gradient_scale).backward()
         return loss.detach()
 

@@ -20,9 +20,17 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
     Args:
         vllm_config: vLLM's configuration.
         prefix: vLLM's module prefix; empty for a top-level model.
+
+    Raises:
+        ValueError: the checkpoint or the engine's arguments ask for quantised weights.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if vllm_config.quant_config is not None:
+            raise ValueError(
+                f'[rl] mode = "vllm_compat" does not cover {vllm_config.quant_config.get_name()} quantisation, whatever '
+                "[parity] check is: take a checkpoint without quantization_config in its config.json"
+            )
         # A packed copy of a weight would outlive an update of the weight.
         use_torch_linears()
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -44,10 +44,16 @@ class Task:
         self.config = config
         preflight.check_checkpoint(config)
         preflight.check_batch(config)
+        preflight.check_arithmetic(config)
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
         self.rewards = preflight.load_rewards(config)
         self.prompts = preflight.load_prompts(config)
+        self.rewards.check_answers([prompt.answer for prompt in self.prompts.prompts])
         self._asked: list[Prompt] = []
+
+    def close(self) -> None:
+        """Ends the process of a user's reward, if there is one."""
+        self.rewards.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the prompts stand, JSON-able."""

@@ -37,7 +37,7 @@ def serve(parent: Connection) -> None:
             fields, timeout_seconds = parent.recv()
         except EOFError:
             return
-        faulthandler.dump_traceback_later(timeout_seconds, exit=False)
+        faulthandler.dump_traceback_later(timeout_seconds, exit=True)
         reply = _evaluate(function, reward_input(**fields))
         faulthandler.cancel_dump_traceback_later()
         parent.send(reply)
