@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, train
 from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
 from torchtitan.experiments.rl.unified.model.spec import hf_config, register_train_specs
 from torchtitan.experiments.rl.unified.rollout.datasets import load_local, PromptDataset
+from torchtitan.protocols.model import BaseModelArgs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parents[1] / "tests/assets"
@@ -79,7 +80,7 @@ def write_tokenizer(out: Path, texts: list[str], vocab_size: int) -> None:
     write_json(out / "tokenizer_config.json", config)
 
 
-def write_configs(out: Path, model_args, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_configs(out: Path, model_args: BaseModelArgs, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write ``config.json`` and ``generation_config.json``."""
     ends = {"eos_token_id": tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT])}
     ends["pad_token_id"] = tokenizer.pad_token_id

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
 
 FORGETS_ONE_UPDATE = """
 import sys
+import time
 from torchtitan.experiments.rl.unified.actors import mesh
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
@@ -123,6 +125,17 @@ BAD_INPUT = {
     "no room at all": (lambda t: ["--training.seq_len", "64"], "leaves no room for a prompt"),
     "no such loss": (lambda t: ["--policy_loss.name", "ppo2"], "'ppo2' does not exist; choose one of: grpo"),
     "no such advantage": (lambda t: ["--advantage.name", "gae"], "'gae' does not exist; choose one of: grpo"),
+    "tensor parallel on one side": (
+        lambda t: ["--parallelism.tensor_parallel_degree", "2"],
+        "sum in different orders; make them equal",
+    ),
+    "heads that do not divide": (
+        lambda t: ["--generator.tensor_parallel_degree", "4"],
+        "does not divide the model's 4 heads and 2 key/value heads",
+    ),
+    "pipeline": (lambda t: ["--parallelism.pipeline_parallel_degree", "2"], "policies here have no such split"),
+    "not covered": (lambda t: ["--compile.enable"], '[parity] check = "off" allows it'),
+    "another dtype": (lambda t: ["--generator.dtype", "bfloat16"], '[parity] check = "off" allows it'),
     "invariance switched off": (lambda t: [], "VLLM_BATCH_INVARIANT=0 contradicts"),
 }
 
@@ -152,3 +165,55 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
         f"error: job config {path}: unknown key 'rl.group_sise'; known here: "
         "group_size, log_samples, microbatch_tokens, mode, prompts_per_step"
     ]
+
+
+LAYOUTS = {
+    "HSDP 2x2": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2, "tensor_parallel_degree": 1},
+    "FSDP 2 x TP 2": {
+        "data_parallel_replicate_degree": 1,
+        "data_parallel_shard_degree": 2,
+        "tensor_parallel_degree": 2,
+    },
+}
+
+
+@pytest.mark.slow
+def test_layouts_of_the_trainer_agree_with_one_rank(tmp_path):
+    """Proves that gradients do not depend on how ranks share batch and model, and that parity holds in each layout."""
+    steps = ["--training.steps", "3", "--optimizer.lr", "1e-4"]
+    alone = run([str(COMMAND)], tmp_path / "one", *steps, "--parallelism.data_parallel_replicate_degree", "1")
+    assert alone.returncode == 0, alone.stderr
+    expected = lines(tmp_path / "one" / "metrics.jsonl")
+    for name, degrees in LAYOUTS.items():
+        flags = [text for key, degree in degrees.items() for text in (f"--parallelism.{key}", str(degree))]
+        flags += ["--generator.tensor_parallel_degree", str(degrees["tensor_parallel_degree"])]
+        done = run([str(COMMAND)], tmp_path / name, *steps, *flags)
+        assert done.returncode == 0, done.stderr
+        for one, many in zip(expected, lines(tmp_path / name / "metrics.jsonl"), strict=True):
+            assert many["mismatched_tokens"] == 0 and many["tokens_compared"] == one["tokens_compared"]
+            for key in ("loss", "grad_norm"):
+                assert many[key] == pytest.approx(one[key], rel=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_as_if_it_had_not_been_killed(tmp_path):
+    """Proves that a checkpoint holds all that the next step reads: weights, optimizer, position in the data."""
+    flags = ["--training.steps", "6", "--checkpoint.enable", "--checkpoint.interval", "2"]
+    flags += ["--checkpoint.no-last_save_model_only"]
+    assert run([str(COMMAND)], tmp_path / "whole", *flags).returncode == 0
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    command = [sys.executable, str(COMMAND), "--job.dump_folder", str(tmp_path / "killed"), *SMALL, *flags]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and job.poll() is None and not (metrics.exists() and len(lines(metrics)) > 2):
+            time.sleep(0.05)
+        job.kill()
+    taken = len(lines(metrics))
+    assert 3 <= taken < 6, f"killed after step {taken}: too late to show anything"
+    done = run([str(COMMAND)], tmp_path / "killed", *flags)
+    assert done.returncode == 0, done.stderr
+
+    def without_times(path: Path) -> list[dict]:
+        return [{k: v for k, v in m.items() if "second" not in k} for m in lines(path)]
+
+    assert without_times(metrics) == without_times(tmp_path / "whole" / "metrics.jsonl")

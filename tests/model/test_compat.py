@@ -211,7 +211,12 @@ def complete(first: Path, second: Path, dtype: str, prompts: list[list[int]]) ->
     before = run()
     policy = engine.llm_engine.model_executor.driver_worker.model_runner.get_model()
     assert type(policy).__mro__[1].__module__ == "vllm.model_executor.models.qwen3"
-    policy.update_weights(load_file(second / "model.safetensors").items())
+    weights = load_file(second / "model.safetensors")
+    with pytest.raises(ValueError, match="self_attn.k_proj.weight'] do not match"):
+        policy.update_weights((name, w) for name, w in weights.items() if name != "layers.1.attention.wk.weight")
+    with pytest.raises(KeyError, match="layers.1.attention.wx.weight"):
+        policy.update_weights([("layers.1.attention.wx.weight", torch.zeros(1))])
+    policy.update_weights(weights.items())
     assert engine.reset_prefix_cache()
     return [before, run()]
 

@@ -6,6 +6,7 @@
 """The policy's generator: vLLM's engine in this process, with weights that can be replaced in place."""
 
 import os
+import pickle
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -71,7 +72,9 @@ class Generator:
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs."""
-        self.engine.collective_rpc("update_policy_weights", args=(update, self.config.weight_sync.transport))
+        # As bytes: the engine's messages know no dataclasses.
+        args = (pickle.dumps(update), self.config.weight_sync.transport)
+        self.engine.collective_rpc("update_policy_weights", args=args)
         if not self.engine.reset_prefix_cache():
             raise RuntimeError(
                 f"requests ran during the update to version {update.version}: their prefix cache is stale"
@@ -95,9 +98,9 @@ class Generator:
 class PolicyWorker:
     """What this experiment adds to vLLM's workers (engine argument `worker_extension_cls`)."""
 
-    def update_policy_weights(self, update: WeightUpdate, transport: str) -> None:
-        """Fetches `update` and copies it over this worker's weights; raises before the first copy if it is damaged."""
-        with build_transport(transport).receive(update) as weights:
+    def update_policy_weights(self, update: bytes, transport: str) -> None:
+        """Fetches a pickled WeightUpdate and copies it over the weights; raises before the first copy if damaged."""
+        with build_transport(transport).receive(pickle.loads(update)) as weights:
             self.model_runner.get_model().update_weights(weights)
 
 

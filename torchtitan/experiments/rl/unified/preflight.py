@@ -76,19 +76,39 @@ def check_arithmetic(config: JobConfig) -> None:
     for key in ("context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
         if getattr(degrees, key) > 1:
             raise ValueError(f"[parallelism] {key} = {getattr(degrees, key)}: policies here have no such split; use 1")
-    for key in ("data_parallel_shard_degree", "tensor_parallel_degree"):
-        if getattr(degrees, key) > 1:
+    spec = policy_train_spec(config.model.name)
+    args = spec.model_args[config.model.flavor]
+    for section in ("parallelism", "generator"):
+        degree = getattr(config, section).tensor_parallel_degree
+        if args.n_heads % degree or args.n_kv_heads % degree:
             raise ValueError(
-                f"[parallelism] {key} = {getattr(degrees, key)}: the trainer shards the batch only so far; use 1, and "
-                "data_parallel_replicate_degree for more ranks"
+                f"[{section}] tensor_parallel_degree = {degree} does not divide the model's {args.n_heads} heads and "
+                f"{args.n_kv_heads} key/value heads"
             )
+    training = config.training
+    if training.mixed_precision_param != training.dtype and degrees.data_parallel_shard_degree <= 1:
+        raise ValueError(
+            f"[training] dtype {training.dtype} with mixed_precision_param {training.mixed_precision_param} takes FSDP "
+            "([parallelism] data_parallel_shard_degree above 1); without it make the two equal"
+        )
     if config.parity.check == "off":
         return
+    if config.generator.dtype != training.mixed_precision_param:
+        raise ValueError(
+            f"[generator] dtype {config.generator.dtype} is not what the trainer computes in, [training] "
+            f'mixed_precision_param {training.mixed_precision_param}; [parity] check = "off" allows it'
+        )
+    if config.generator.tensor_parallel_degree != degrees.tensor_parallel_degree:
+        raise ValueError(
+            f"[generator] tensor_parallel_degree {config.generator.tensor_parallel_degree} and [parallelism] "
+            f"tensor_parallel_degree {degrees.tensor_parallel_degree} sum in different orders; make them equal, or set "
+            '[parity] check = "off"'
+        )
+    if config.rl.mode == "vllm_compat" and degrees.tensor_parallel_degree > 1:
+        raise ValueError('[rl] mode = "vllm_compat" has no tensor parallel trainer; use mode = "unified"')
     if config.model.converters or config.compile.enable:
         setting = "[model] converters" if config.model.converters else "[compile] enable"
         raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
-    spec = policy_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
     with torch.device("meta"):
         model = spec.model_cls(args)
     check_supported(model)

@@ -39,7 +39,7 @@ class StepResult:
         loss: global loss sum over the step's token count.
         grad_norm: before clipping.
         lr: the learning rate the step was taken with.
-        parity: of this rank's tokens.
+        parity: of this rank's tokens; empty on all but the first of the ranks that share them (tensor parallel).
     """
 
     step: int
@@ -86,7 +86,8 @@ class RLTrainer(Trainer):
         self.task_state: dict[str, Any] = {}
         self._trajectories: list[Trajectory] = []
         # DDP averages gradients; a sum over the step's tokens wants their sum.
-        self.gradient_scale = self.parallel_dims.dp_replicate if self.parallel_dims.dp_replicate_enabled else 1
+        averages = self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled
+        self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
 
     def load(self) -> None:
         """Loads the newest checkpoint of the run, or the weights that training starts from."""
@@ -125,7 +126,9 @@ class RLTrainer(Trainer):
             self.train_step(self.batch_generator((fields, fields.pop("labels")) for fields in packed))
         self.task_state = task_state or {}
         self.checkpointer.save(self.step, last_step=self.step == self.job_config.training.steps)
-        return StepResult(self.step, parity=self.parity, **self.metrics_processor.last)
+        shared = self.parallel_dims.tp_enabled and self.parallel_dims.get_mesh("tp").get_local_rank() > 0
+        parity = ParityReport() if shared else self.parity
+        return StepResult(self.step, parity=parity, **self.metrics_processor.last)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor

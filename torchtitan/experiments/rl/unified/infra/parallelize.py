@@ -8,9 +8,11 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor, DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module, RowwiseParallel
-from torchtitan.distributed import ParallelDims
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module, RowwiseParallel, SequenceParallel
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import NoParallel, ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
@@ -19,7 +21,7 @@ from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
 
 def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """The TrainSpec's `parallelize_fn` for a policy: arithmetic, then TP, then activation checkpointing, then DDP.
+    """The TrainSpec's `parallelize_fn` for a policy: arithmetic, TP, activation checkpointing, data parallel.
 
     Args:
         model: a TrainSpec model on the meta device, `attn_type` "varlen".
@@ -36,9 +38,37 @@ def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(model, job_config.activation_checkpoint, base_folder=job_config.job.dump_folder)
-    if parallel_dims.dp_replicate_enabled:
+    if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        apply_fully_shard(model, parallel_dims.get_mesh(names), job_config)
+    elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=False)
     return model
+
+
+def apply_fully_shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """FSDP2 (HSDP on a two-dimensional mesh): master weights in `training.dtype`, compute in `mixed_precision_param`.
+
+    Args:
+        model: has `tok_embeddings`, `layers`, `norm`, `output`; the ends may share one weight.
+        mesh: of the data-parallel ranks.
+        job_config: the whole job config.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+    )
+    reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # Tied weights must lie in one group.
+    fully_shard([model.tok_embeddings, model.norm, model.output], mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the step's tokens: gradients are summed. Gloo sums, but cannot scale on the way.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -52,6 +82,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         model: has `tok_embeddings`, `layers`, `output` with TorchTitan's names inside.
         mesh: one-dimensional.
     """
+    tied = model.output.weight is model.tok_embeddings.weight
     parallelize_module(
         model,
         mesh,
@@ -59,13 +90,21 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             # Vocabulary-sharded on both ends, so that tied weights have one layout.
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
             "output": ColwiseParallel(output_layouts=Replicate()),
+            "norm": NoParallel(),
         },
     )
+    if tied:  # Each module got a sharded weight of its own.
+        model.output.weight = model.tok_embeddings.weight
     for block in model.layers.values():
         parallelize_module(
             block,
             mesh,
             {
+                "attention_norm": NoParallel(),
+                "ffn_norm": NoParallel(),
+                # Each rank normalizes its own heads.
+                "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+                "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),

@@ -28,7 +28,7 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if vllm_config.quant_config is not None:
             raise ValueError(
-                f'[rl] mode = "vllm_compat" does not cover {vllm_config.quant_config.get_name()} quantisation, whatever '
+                f'[rl] mode = "vllm_compat" does not cover {vllm_config.quant_config.get_name()} weights, whatever '
                 "[parity] check is: take a checkpoint without quantization_config in its config.json"
             )
         # A packed copy of a weight would outlive an update of the weight.
@@ -45,22 +45,32 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
         Raises:
             KeyError: a name is of neither.
         """
-        return super().load_weights(self._hf_names(weights))
+        named = dict(self._hf_names(weights))
+        self.checkpoint_names = named.keys()
+        return super().load_weights(named.items())
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
 
         Raises:
-            KeyError: a name is not a parameter of the model.
+            KeyError: a name is not one of TorchTitan's.
+            ValueError: the names are not those of the weights that were loaded; nothing is copied then.
         """
-        self.load_weights(weights)
+        named = dict(self._hf_names(weights))
+        if named.keys() != self.checkpoint_names:
+            difference = sorted(named.keys() ^ self.checkpoint_names)
+            raise ValueError(f"a weight update must bring each parameter: {difference} do not match")
+        super().load_weights(named.items())
 
     def _hf_names(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        tied = {"output.weight", "lm_head.weight"} if self.config.tie_word_embeddings else set()
         for name, tensor in weights:
+            if name in tied:  # it is the embedding's
+                continue
             if name.startswith(("model.", "lm_head.")):
                 yield name, tensor
             elif hf := self.adapter.to_hf({name: tensor}):
                 yield from hf.items()
-            elif name != "output.weight":  # tied: it came with the embedding
+            else:
                 raise KeyError(name)

@@ -104,10 +104,14 @@ class TorchTitanForCausalLM(nn.Module):
         """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
 
         Raises:
-            KeyError: if a name is not a parameter of the model.
+            ValueError: if the names are not those of the model's parameters; nothing is copied then.
         """
-        own = self.named_policy_parameters()
-        for name, full in weights:
+        own, given = self.named_policy_parameters(), dict(weights)
+        if own.keys() != given.keys():
+            raise ValueError(
+                f"a weight update must bring each parameter: {sorted(own.keys() ^ given.keys())} do not match"
+            )
+        for name, full in given.items():
             full_to_param(full, own[name])
 
     def named_policy_parameters(self) -> dict[str, nn.Parameter]:
