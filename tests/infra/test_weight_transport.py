@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def test_one_segment_serves_all_updates_and_none_is_left(transport):
     assert len(locations) == 1
     transport.close()
     assert not Path(locations.pop()).exists()
+
+
+def test_the_memory_goes_with_a_killed_sender():
+    script = (
+        "import time, torch; from torchtitan.experiments.rl.unified.infra.weight_transport import "
+        "SharedMemoryTransport; transport = SharedMemoryTransport(); "
+        "print(transport.send(1, [('a', torch.ones(3))]).location, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as sender:
+        location = sender.stdout.readline().strip()
+        assert Path(location).exists()
+        sender.kill()
+    assert not Path(location).exists()
 
 
 def test_checksum_sees_any_changed_bit():

@@ -44,10 +44,14 @@ def random_model(dtype: torch.dtype = torch.float32, **changes) -> Qwen3Model:
     return model
 
 
-def compat_model(model: Qwen3Model) -> Qwen3Model:
+def unified_model(model: Qwen3Model) -> Qwen3Model:
     model = copy.deepcopy(model)
     replace_inner_attention(model, lambda name: PackedAttention())
-    return to_compat(model)
+    return model
+
+
+def compat_model(model: Qwen3Model) -> Qwen3Model:
+    return to_compat(unified_model(model))
 
 
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, VarlenMetadata, torch.Tensor]:
@@ -132,7 +136,8 @@ def test_rotation_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", GRADIENT_ERROR)
 @pytest.mark.parametrize("changes", [{}, {"enable_weight_tying": False, "vocab_size": 1003}])
-def test_gradients_of_a_whole_model(dtype, changes):
+@pytest.mark.parametrize("mode", [unified_model, compat_model])
+def test_gradients_of_a_whole_model(mode, changes, dtype):
     model = random_model(dtype, **changes)
     with torch.no_grad():
         # bf16 rounding alone is 1.4e-2 of the gradient with the large weights.
@@ -147,13 +152,13 @@ def test_gradients_of_a_whole_model(dtype, changes):
     expected.backward()
 
     def gradients() -> list[torch.Tensor]:
-        compat = compat_model(model)
+        policy = mode(model)
         with batch_invariant_mode():
-            logits = compat(*packed(sequences))[0].split([len(s) for s in sequences])
+            logits = policy(*packed(sequences))[0].split([len(s) for s in sequences])
             loss = sum(map(sequence_loss, logits, sequences))
         loss.backward()
         assert abs(float(loss) / float(expected) - 1) < GRADIENT_ERROR[dtype]
-        return [param.grad for param in compat.parameters()]
+        return [param.grad for param in policy.parameters()]
 
     found = gradients()
     assert error(found, [param.grad for param in reference.parameters()]) <= GRADIENT_ERROR[dtype]

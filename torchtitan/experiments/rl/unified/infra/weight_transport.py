@@ -7,7 +7,6 @@
 
 import dataclasses
 import os
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,10 +68,14 @@ class WeightTransport(ABC):
 
 
 class SharedMemoryTransport(WeightTransport):
-    """Both ends on one host: a file in /dev/shm, written by the sender and read in place by the receivers."""
+    """Both ends on one host: memory of the sender that receivers map and read in place.
+
+    It is a memfd, reached through the sender's /proc entry: it has no name to be left behind, and is gone with the
+    sender however that ends.
+    """
 
     def __init__(self) -> None:
-        self._path = ""
+        self._fd = -1
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def send(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightUpdate:
@@ -80,21 +83,21 @@ class SharedMemoryTransport(WeightTransport):
         entries, size = _layout(tensors)
         if self._buffer.numel() < size:
             self.close()
-            self._path = f"/dev/shm/torchtitan-rl-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            self._buffer = torch.from_file(self._path, shared=True, size=size, dtype=torch.uint8)
+            self._fd = os.memfd_create("torchtitan-rl")
+            os.ftruncate(self._fd, size)
+            self._buffer = _map(self._location)
         sent = []
         for entry, (_, tensor) in zip(entries, tensors, strict=True):
             view = _view(self._buffer, entry)
             view.copy_(tensor)
             sent.append(dataclasses.replace(entry, checksum=checksum(view)))
-        return WeightUpdate(version, self._path, sent)
+        return WeightUpdate(version, self._location, sent)
 
     @contextmanager
     def receive(self, update: WeightUpdate) -> Iterator[list[tuple[str, torch.Tensor]]]:
         if not os.path.exists(update.location):
             raise WeightTransferError(f"shared memory {update.location} is gone: its sender has closed it or died")
-        size = os.path.getsize(update.location)
-        buffer = torch.from_file(update.location, shared=True, size=size, dtype=torch.uint8)
+        buffer = _map(update.location)
         tensors = [(entry.name, _view(buffer, entry)) for entry in update.entries]
         for entry, (name, tensor) in zip(update.entries, tensors, strict=True):
             if checksum(tensor) != entry.checksum:
@@ -102,9 +105,13 @@ class SharedMemoryTransport(WeightTransport):
         yield tensors
 
     def close(self) -> None:
-        if self._path:
-            os.unlink(self._path)
-            self._path, self._buffer = "", torch.empty(0, dtype=torch.uint8)
+        if self._fd != -1:
+            os.close(self._fd)
+            self._fd, self._buffer = -1, torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def _location(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
 
 
 def build_transport(name: str) -> WeightTransport:
@@ -117,6 +124,10 @@ def checksum(tensor: torch.Tensor) -> int:
     flat = tensor.reshape(-1).view(torch.uint8)
     words = flat.view(torch.int64) if flat.numel() % 8 == 0 and flat.storage_offset() % 8 == 0 else flat
     return int(words.sum())
+
+
+def _map(location: str) -> torch.Tensor:
+    return torch.from_file(location, shared=True, size=os.stat(location).st_size, dtype=torch.uint8)
 
 
 def _layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorEntry], int]:
