@@ -40,6 +40,7 @@ class Generator:
             tensor_parallel_degree=generator.tensor_parallel_degree,
             batch_invariant=job_config.parity.check != "off",
             num_threads=generator.num_threads,
+            **({"attention_backend": generator.attention_backend} if generator.attention_backend else {}),
             dtype=generator.dtype,
             kv_cache_memory_bytes=int(generator.kv_cache_gib * 2**30),
             block_size=generator.block_size,

@@ -63,7 +63,7 @@ async def run(config: JobConfig) -> str:
 
 
 def main(args: list[str]) -> int:
-    """Exit status: 0 after the last step, 1 for a job that cannot run or that failed."""
+    """Exit status: 0 after the last step, 1 for a job that cannot run or that failed, 130 after Ctrl-C."""
     quiet_libraries()
     try:
         config = load_job_config(args)
@@ -72,6 +72,9 @@ def main(args: list[str]) -> int:
     except (ValueError, ParityError, WeightTransferError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
