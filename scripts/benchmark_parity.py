@@ -108,7 +108,7 @@ class StockAttention(nn.Module):
             )
             for a, b in zip(ends, ends[1:])
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
+        return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:
@@ -150,14 +150,18 @@ def main() -> None:
         if args.engine:
             generate_when_told(job(Path(folder), args.dtype, args.mode, args.engine))
             return
-        for what, rates in {
-            "generation": benchmark_generation(args.dtype, args.mode, args.rounds),
-            "training step": benchmark_training(job(Path(folder), args.dtype, args.mode, "report"), args.rounds),
+        for what, measure in {
+            "generation": lambda: benchmark_generation(args.dtype, args.mode, args.rounds),
+            "training step": lambda: benchmark_training(
+                job(Path(folder), args.dtype, args.mode, "report"), args.rounds
+            ),
         }.items():
+            rates = measure()
             ratio = rates["on"] / rates["off"]
             print(
                 f"{what:14} {args.mode} {args.dtype}: parity on {rates['on']:8.0f} tokens/s, "
-                f"off {rates['off']:8.0f}, ratio {ratio:.2f}"
+                f"off {rates['off']:8.0f}, ratio {ratio:.2f}",
+                flush=True,
             )
 
 
