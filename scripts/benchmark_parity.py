@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 from random_checkpoint import RANDOM, write_random_checkpoint
-from torch import nn
 from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
+from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, StockAttention
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
@@ -95,20 +94,6 @@ def benchmark_generation(dtype: str, mode: str, rounds: int) -> dict[str, float]
         engine.stdin.close()
         engine.wait(60)
     return {name: statistics.median(values) for name, values in rates.items()}
-
-
-class StockAttention(nn.Module):
-    """torch's scaled_dot_product_attention on each packed sequence by itself."""
-
-    def forward(self, xq, xk, xv, attention_masks, scale=None):
-        ends = attention_masks.cu_seq_q.tolist()
-        parts = [
-            nn.functional.scaled_dot_product_attention(
-                xq[:, :, a:b], xk[:, :, a:b], xv[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True
-            )
-            for a, b in zip(ends, ends[1:])
-        ]
-        return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:

@@ -111,6 +111,10 @@ def rows(folder: Path, *values: dict) -> list[str]:
 BAD_INPUT = {
     "no checkpoint": (lambda t: ["--model.hf_assets_path", str(t / "none")], "no checkpoint directory"),
     "another model": (lambda t: bad_checkpoint(t, hidden_size=64), "hidden_size: 64 in the checkpoint"),
+    "quantised": (
+        lambda t: bad_checkpoint(t, quantization_config={"quant_method": "fp8"}),
+        "is quantised (fp8): a policy",
+    ),
     "no such flavor": (lambda t: ["--model.flavor", "tinny"], "flavor 'tinny': qwen3 has"),
     "no dataset": (lambda t: ["--training.dataset_path", str(t / "none")], "does not exist"),
     "row without answer": (lambda t: rows(t, {"question": "1+1?"}), "row 1 has no 'answer'"),

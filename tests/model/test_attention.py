@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
 from torchtitan.experiments.rl.unified.batch_invariant.attention import packed_attention
-from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, to_packed
+from torchtitan.experiments.rl.unified.model.attention import (
+    PackedAttention,
+    replace_inner_attention,
+    StockAttention,
+    to_packed,
+)
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.models.qwen3 import Qwen3Model, Qwen3ModelArgs
 
@@ -55,6 +60,16 @@ def test_a_torchtitan_model_computes_a_packed_sequence_as_it_does_alone():
     assert torch.equal(packed[:, 16:], alone)
     packed.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_stock_attention_computes_the_same_function():
+    torch.manual_seed(0)
+    xq, xk, xv = torch.randn(1, 4, 60, 32), torch.randn(1, 2, 60, 32), torch.randn(1, 2, 60, 32)
+    starts = torch.tensor([0, 1, 40, 60], dtype=torch.int32)
+    metadata = VarlenMetadata(starts, starts, 39, 39)
+    stock, packed = (attention()(xq, xk, xv, metadata) for attention in (StockAttention, PackedAttention))
+    assert stock.shape == packed.shape and stock.is_contiguous()
+    assert (stock - packed).norm() / packed.norm() < 1e-5
 
 
 def test_every_inner_attention_is_replaced_and_a_model_without_one_is_an_error():

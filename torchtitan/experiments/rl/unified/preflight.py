@@ -5,6 +5,7 @@
 
 """What can be known to be wrong with a job before a process is spawned."""
 
+import json
 import math
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def check_checkpoint(config: JobConfig) -> None:
     if config.model.flavor not in flavors:
         raise ValueError(f"[model] flavor {config.model.flavor!r}: {config.model.name} has {', '.join(flavors)}")
     check_checkpoint_fits(path / "config.json", flavors[config.model.flavor])
+    if quantisation := json.loads((path / "config.json").read_text()).get("quantization_config"):
+        raise ValueError(
+            f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
+            "updated in place cannot be; download the unquantised checkpoint"
+        )
 
 
 def check_batch(config: JobConfig) -> None:
@@ -112,7 +118,10 @@ def check_arithmetic(config: JobConfig) -> None:
     with torch.device("meta"):
         model = spec.model_cls(args)
     check_supported(model)
-    check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+    try:
+        check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+    except ValueError as error:
+        raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":
         to_compat(model)
 

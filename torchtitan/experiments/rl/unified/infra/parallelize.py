@@ -15,7 +15,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import NoParallel, ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention
+from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, StockAttention
 from torchtitan.experiments.rl.unified.model.compat import to_compat
 from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
@@ -33,7 +33,8 @@ def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config
     """
     if job_config.rl.mode == "vllm_compat":
         to_compat(model)
-    replace_inner_attention(model, lambda name: PackedAttention())
+    attention = StockAttention if job_config.parity.check == "off" else PackedAttention
+    replace_inner_attention(model, lambda name: attention())
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if job_config.activation_checkpoint.mode != "none":

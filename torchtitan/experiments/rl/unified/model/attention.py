@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchtitan.experiments.rl.unified.batch_invariant.attention import packed_attention
 from torchtitan.models.attention import VarlenMetadata
 
@@ -43,6 +44,30 @@ class PackedAttention(nn.Module):
         """
         scale = xq.shape[-1] ** -0.5 if scale is None else scale
         return packed_attention(to_packed(xq), to_packed(xk), to_packed(xv), attention_masks.cu_seq_q, scale)
+
+
+class StockAttention(nn.Module):
+    """torch's scaled_dot_product_attention on each packed sequence by itself: `[parity] check = "off"`.
+
+    Signature and shapes as `PackedAttention`'s; any head size, dtype and device of torch's.
+    """
+
+    def forward(
+        self,
+        xq: torch.Tensor,
+        xk: torch.Tensor,
+        xv: torch.Tensor,
+        attention_masks: VarlenMetadata,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attends within the sequences of `attention_masks.cu_seq_q`, which lie in one row: bs is 1."""
+        lengths = attention_masks.cu_seq_q.diff().tolist()
+        sequences = zip(*(x.split(lengths, dim=2) for x in (xq, xk, xv)), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            for q, k, v in sequences
+        ]
+        return to_packed(torch.cat(outputs, dim=2)).contiguous()
 
 
 def to_packed(x: torch.Tensor) -> torch.Tensor:
