@@ -10,6 +10,7 @@ import pickle
 from typing import Any, TYPE_CHECKING
 
 import torch
+from torchtitan.experiments.rl.unified.infra.process import threads_of_rank
 from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport, WeightUpdate
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
@@ -119,14 +120,14 @@ def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_thre
         return
     # Nothing here runs long enough to earn back what torch.compile costs, and compiled code has bits of its own.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    cores = sorted(os.sched_getaffinity(0))
     if tensor_parallel_degree == 1:
         # The engine stays in this process: its threads are this process's.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads or len(cores)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads or threads_of_rank(1)))
     else:
         # vLLM would bind ranks to NUMA nodes, of which a small machine has one.
-        share = num_threads or max(1, len(cores) // tensor_parallel_degree)
+        cores = sorted(os.sched_getaffinity(0))
+        share = num_threads or threads_of_rank(tensor_parallel_degree)
         ranks = [cores[(rank * share) % len(cores) :][:share] for rank in range(tensor_parallel_degree)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, rank)) for rank in ranks))
 

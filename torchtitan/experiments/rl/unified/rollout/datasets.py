@@ -155,8 +155,10 @@ class PromptDataset:
             raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
         if not tokenizer.chat_template:
             raise ValueError(f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template.")
-        where = path or QA_DATASETS[name].path
-        rows = QA_DATASETS[name].loader(where, split=split)
+        register_datasets()
+        entry = DATASETS[name]
+        where = path or entry.path
+        rows = entry.loader(where, split=split)
         questions, answers = (_text_column(rows, column, where, split) for column in (question_column, answer_column))
 
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
