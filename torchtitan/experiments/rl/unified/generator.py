@@ -40,7 +40,7 @@ class Generator:
             max_model_len=job_config.training.seq_len,
             tensor_parallel_degree=generator.tensor_parallel_degree,
             batch_invariant=job_config.parity.check != "off",
-            num_threads=generator.num_threads,
+            num_threads=generator.num_threads or threads_of_rank(_ranks_on_host(job_config)),
             **({"attention_backend": generator.attention_backend} if generator.attention_backend else {}),
             dtype=generator.dtype,
             kv_cache_memory_bytes=int(generator.kv_cache_gib * 2**30),
@@ -95,6 +95,11 @@ class Generator:
             finish_reason=completion.finish_reason,
             text=completion.text,
         )
+
+
+def _ranks_on_host(job_config: JobConfig) -> int:
+    generator, hosts = job_config.generator, max(1, len(job_config.cluster.generators))
+    return generator.tensor_parallel_degree * -(-generator.replicas // hosts)
 
 
 class PolicyWorker:

@@ -76,6 +76,9 @@ class Generator:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and KV cache in the engine"""
 
+    replicas: int = 1
+    """Engines that share a step's requests; the bits of a completion do not depend on their number"""
+
     tensor_parallel_degree: int = 1
     """Ranks that share one engine's model"""
 
@@ -96,6 +99,9 @@ class Generator:
 
     num_threads: int = 0
     """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
+
+    cores: str = ""
+    """CPU cores that the engines run on, such as "0-3,8"; empty: any"""
 
     attention_backend: str = ""
     """vLLM's attention backend on an accelerator, e.g. FLASH_ATTN; empty: vLLM's choice"""
@@ -149,8 +155,38 @@ class Trainer:
     num_threads: int = 0
     """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
 
+    cores: str = ""
+    """CPU cores that the ranks run on, such as "0-3,8"; empty: any"""
+
     timeout_seconds: float = 600
     """Longest wait for one training step or weight update"""
+
+
+@dataclass
+class TrajectoryQueue:
+    max_staleness: int = 0
+    """Steps the generators work ahead: batch k is sampled under policy version k - max_staleness; 0: they take turns"""
+
+    capacity: int = 0
+    """Most batches that wait for the trainer, which bounds the staleness too; 0: max_staleness"""
+
+
+@dataclass
+class Supervision:
+    max_restarts: int = 3
+    """How often a run starts a lost generator or trainer mesh again before it gives up"""
+
+
+@dataclass
+class Cluster:
+    trainer: list[str] = field(default_factory=list)
+    """Addresses of Monarch workers that run the trainer's ranks, such as "tcp://node1:26600"; empty: this host"""
+
+    generators: list[str] = field(default_factory=list)
+    """Addresses of Monarch workers that run the generators, in turn; empty: this host"""
+
+    address: str = "tcp"
+    """How those workers reach this process: "tcp" (its host name, any port), or an address like those above"""
 
 
 @dataclass
@@ -162,6 +198,9 @@ class JobConfig(TitanJobConfig):
     sampling: Sampling = field(default_factory=Sampling)
     generator: Generator = field(default_factory=Generator)
     trainer: Trainer = field(default_factory=Trainer)
+    trajectory_queue: TrajectoryQueue = field(default_factory=TrajectoryQueue)
+    supervision: Supervision = field(default_factory=Supervision)
+    cluster: Cluster = field(default_factory=Cluster)
     weight_sync: WeightSync = field(default_factory=WeightSync)
     reward: Reward = field(default_factory=Reward)
     advantage: Advantage = field(default_factory=Advantage)

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from torchtitan.experiments.rl.unified.trainer import StepResult
 
 
+@contextmanager
+def timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that its block takes to `phases[name]`."""
+    start = time.perf_counter()
+    yield
+    phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
+
+
 class StepRecord:
     """One step in the making: times its phases, then turns what came out of them into a line of metrics.
 
@@ -36,23 +44,15 @@ class StepRecord:
         self.config = config
         self.metrics: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
-        self._phases: dict[str, float] = {}
+        self.phases: dict[str, float] = {}
         self._start = time.perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what runs inside it."""
-        start = time.perf_counter()
-        yield
-        self._phases[f"seconds_{name}"] = time.perf_counter() - start
-
-    def finish(self, trajectories: list[Trajectory], scored: Scored, results: list["StepResult"], version: int) -> None:
+    def finish(self, trajectories: list[Trajectory], scored: Scored, results: list["StepResult"]) -> None:
         """Fills `metrics` and `samples`.
 
         Args:
             trajectories, scored: of the step.
             results: of each trainer rank.
-            version: of the policy that the generator runs now.
         """
         seconds = time.perf_counter() - self._start
         lengths = [len(t.completion_ids) for t in trajectories]
@@ -61,7 +61,8 @@ class StepRecord:
         step = results[0]
         self.metrics = {
             "step": step.step,
-            "policy_version": version,
+            "policy_version": step.step,
+            "staleness": step.step - 1 - min(t.policy_version for t in trajectories),
             "reward_mean": float(totals.mean()),
             "loss": step.loss,
             "grad_norm": step.grad_norm,
@@ -75,7 +76,7 @@ class StepRecord:
             "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
             "tokens_per_second": sum(lengths) / seconds,
             "seconds": seconds,
-            **self._phases,
+            **{f"seconds_{name}": seconds for name, seconds in self.phases.items()},
         }
         self.samples = [
             {

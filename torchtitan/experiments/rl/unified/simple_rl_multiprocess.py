@@ -6,43 +6,123 @@
 """The RL job: `python simple_rl_multiprocess.py [--job.config_file X.toml] [--section.key value ...]`.
 
 Sample a group of completions for each prompt, reward them, take one optimizer step on their group-relative
-advantages, send the new weights to the generator, and again. The trainer is a mesh of Monarch actors over torchtitan's
-Trainer, the generator one over vLLM's engine.
+advantages, send the new weights to the generators, and again. The trainer is a mesh of Monarch actors over torchtitan's
+Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and `train`, meet in a TrajectoryQueue.
 """
 
 import asyncio
+import logging
 import sys
 from contextlib import closing
+from typing import Any
 
-from torchtitan.experiments.rl.unified.infra.process import honour_environment, quiet_libraries
+from torchtitan.experiments.rl.unified.infra.process import (
+    honour_environment,
+    ProcessLost,
+    quiet_libraries,
+    TrainerLost,
+    watch_processes,
+)
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.parity import ParityError
 
+logger = logging.getLogger(__name__)
 
-async def train(config: JobConfig, meshes, record, task) -> None:
-    """GRPO (arXiv:2402.03300): each step samples, rewards, trains and sends the new weights, one after the other.
 
-    Args:
-        config: the job.
-        meshes: actors.mesh.Meshes, entered.
-        record: metrics.RunRecord.
-        task: rollout.task.Task: prompts, rewards and advantages.
+async def generate(config: JobConfig, meshes, queue, task) -> None:
+    """The generators' loop: takes policy versions from `queue`, puts batches into it.
+
+    It waits for the version that its next batch is due under, which `train` publishes; it ends on the last version.
     """
-    if meshes.first_step:
-        task.load_state_dict(meshes.task_state)
-    await meshes.sync_weights()
-    for _ in range(meshes.first_step, config.training.steps):
+    from torchtitan.experiments.rl.unified.metrics import timed
+    from torchtitan.experiments.rl.unified.rollout.queue import Batch
+
+    try:
+        for batch in range(queue.sampled, config.training.steps + 1):
+            seconds: dict[str, float] = {}
+            at_end = batch == config.training.steps
+            while queue.generator_version < (batch if at_end else queue.version_of(batch)):
+                async with queue.next_version() as update:
+                    with timed(seconds, "update"):
+                        await meshes.generators.update_weights(update)
+            if not at_end:
+                with timed(seconds, "generate"):
+                    trajectories = await meshes.generators.generate(task.next_requests())
+                await queue.put(Batch(trajectories, seconds))
+    except Exception as error:
+        await queue.fail(error)
+
+
+async def train(config: JobConfig, meshes, queue, task, record) -> None:
+    """The trainer's loop, GRPO (arXiv:2402.03300): takes batches from `queue`, publishes a policy version after each.
+
+    It waits for the next batch, and for the generators to have taken the version before; `generate` brings both.
+    """
+    from torchtitan.experiments.rl.unified.metrics import timed
+
+    await queue.publish(await meshes.trainer.send_weights())
+    for _ in range(queue.first, config.training.steps):
         with record.step() as step:
-            with step.phase("generate"):
-                trajectories = await meshes.generate(task.next_requests())
-            with step.phase("reward"):
-                scored = task.score(trajectories)
-            with step.phase("train"):
-                results = await meshes.train(trajectories, scored.advantages, task.state_dict())
-            with step.phase("sync"):
-                version = await meshes.sync_weights()
-            step.finish(trajectories, scored, results, version)
+            with timed(step.phases, "wait"):
+                batch = await queue.get()
+            with timed(step.phases, "reward"):
+                scored = await asyncio.to_thread(task.score, batch.trajectories)
+            with timed(step.phases, "train"):
+                results = await _uninterrupted(
+                    _step_and_save(meshes, queue, task, batch, scored, config.training.steps)
+                )
+            with timed(step.phases, "sync"):
+                await queue.taken()
+                await queue.publish(await meshes.trainer.send_weights())
+            step.phases.update(batch.seconds)
+            step.finish(batch.trajectories, scored, results)
+    await queue.taken()
+
+
+async def _step_and_save(meshes, queue, task, batch, scored, steps: int) -> list[Any]:
+    results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+    if results[0].checkpoint_due:
+        waiting = await queue.settled(results[0].step, steps)
+        batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
+        await meshes.trainer.save({"task": task.state_dict(), "batches": batches})
+    return results
+
+
+async def _uninterrupted(work) -> Any:
+    """What `work` returns; Ctrl-C ends the job after it, a second Ctrl-C at once."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
+async def attempt(config: JobConfig, meshes, task) -> str:
+    """Trains from the last checkpoint, or from the start, to the end; returns the summary.
+
+    Raises:
+        TrainerLost: a rank of the trainer was lost; another attempt may follow.
+    """
+    from torchtitan.experiments.rl.unified.metrics import RunRecord
+    from torchtitan.experiments.rl.unified.rollout.queue import Batch, TrajectoryQueue
+    from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
+
+    (step, state), _ = await asyncio.gather(meshes.trainer.start(), meshes.generators.start())
+    lead = config.trajectory_queue.max_staleness
+    lead = min(lead, config.trajectory_queue.capacity or lead)
+    batches = [Batch([Trajectory.from_dict(values) for values in batch]) for batch in state.get("batches", [])]
+    queue = TrajectoryQueue(lead, step, batches)
+    task.load_state_dict(state.get("task"))
+    with RunRecord(config, step) as record:
+        generating = asyncio.ensure_future(generate(config, meshes, queue, task))
+        try:
+            await train(config, meshes, queue, task, record)
+        finally:
+            generating.cancel()
+        await meshes.trainer.close()
+        return record.summary()
 
 
 async def run(config: JobConfig) -> str:
@@ -51,15 +131,22 @@ async def run(config: JobConfig) -> str:
 
     with closing(Task(config)) as task:
         # Monarch starts threads at import: only a job that can run gets that far.
+        watch_processes()
+        from torchtitan.experiments.rl.unified.actors.hosts import check_cluster
         from torchtitan.experiments.rl.unified.actors.mesh import Meshes
-        from torchtitan.experiments.rl.unified.metrics import RunRecord, set_aside
+        from torchtitan.experiments.rl.unified.metrics import set_aside
 
+        check_cluster(config)
         if aside := set_aside(config):
             print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
         async with Meshes(config) as meshes:
-            with RunRecord(config, meshes.first_step) as record:
-                await train(config, meshes, record, task)
-                return record.summary()
+            for restart in range(config.supervision.max_restarts + 1):
+                try:
+                    return await attempt(config, meshes, task)
+                except TrainerLost as error:
+                    if not config.checkpoint.enable or restart == config.supervision.max_restarts:
+                        raise
+                    logger.warning("%s: going on from the last checkpoint, restart %d", error, restart + 1)
 
 
 def main(args: list[str]) -> int:
@@ -69,7 +156,7 @@ def main(args: list[str]) -> int:
         config = load_job_config(args)
         honour_environment(config)
         print(asyncio.run(run(config)))
-    except (ValueError, ParityError, WeightTransferError, TimeoutError) as error:
+    except (ValueError, ParityError, ProcessLost, WeightTransferError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

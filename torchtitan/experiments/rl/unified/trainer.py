@@ -40,6 +40,7 @@ class StepResult:
         grad_norm: before clipping.
         lr: the learning rate the step was taken with.
         parity: of this rank's tokens; empty on all but the first of the ranks that share them (tensor parallel).
+        checkpoint_due: `save` is to be called before the next step.
     """
 
     step: int
@@ -47,6 +48,7 @@ class StepResult:
     grad_norm: float
     lr: float
     parity: ParityReport
+    checkpoint_due: bool
 
 
 class StepMetrics(MetricsProcessor):
@@ -101,15 +103,12 @@ class RLTrainer(Trainer):
         super().load_state_dict(state_dict)
         self.task_state = json.loads(state_dict["task"])
 
-    def step_on(
-        self, trajectories: list[Trajectory], advantages: torch.Tensor, task_state: dict[str, Any] | None = None
-    ) -> StepResult:
-        """Takes one optimizer step on this rank's share of `trajectories`; saves a checkpoint if one is due.
+    def step_on(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> StepResult:
+        """Takes one optimizer step on this rank's share of `trajectories`.
 
         Args:
             trajectories: of the whole step, the same list on every rank.
             advantages: fp32 (trajectories,).
-            task_state: what the controller needs to go on after this step, JSON-able; a checkpoint holds it.
 
         Raises:
             ParityError: a log-prob differs from the generator's and `[parity] check` is "assert"; no step was taken.
@@ -124,11 +123,19 @@ class RLTrainer(Trainer):
         packed = (vars(pack(trajectories, advantages, indices)).copy() for indices in microbatches)
         with self._arithmetic():
             self.train_step(self.batch_generator((fields, fields.pop("labels")) for fields in packed))
-        self.task_state = task_state or {}
-        self.checkpointer.save(self.step, last_step=self.step == self.job_config.training.steps)
         shared = self.parallel_dims.tp_enabled and self.parallel_dims.get_mesh("tp").get_local_rank() > 0
         parity = ParityReport() if shared else self.parity
-        return StepResult(self.step, parity=parity, **self.metrics_processor.last)
+        due = self.checkpointer._should_save(self.step, self._at_last_step())
+        return StepResult(self.step, parity=parity, checkpoint_due=due, **self.metrics_processor.last)
+
+    def save(self, task_state: dict[str, Any]) -> None:
+        """Saves the checkpoint of this step.
+
+        Args:
+            task_state: what the controller needs to go on after this step, JSON-able.
+        """
+        self.task_state = task_state
+        self.checkpointer.save(self.step, last_step=self._at_last_step())
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
@@ -175,6 +182,9 @@ class RLTrainer(Trainer):
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         off = self.job_config.parity.check == "off"
         return contextlib.nullcontext() if off else batch_invariant_mode()
+
+    def _at_last_step(self) -> bool:
+        return self.step == self.job_config.training.steps
 
     def _data_rank(self) -> tuple[int, int]:
         if not self.parallel_dims.dp_enabled:

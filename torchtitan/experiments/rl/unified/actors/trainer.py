@@ -3,17 +3,26 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""A trainer rank as a Monarch actor."""
+"""The trainer mesh: a rank as a Monarch actor, and the controller's side of all ranks."""
 
 import os
 from typing import Any
 
 import torch
-from monarch.actor import Actor, endpoint
+from monarch.actor import Actor, endpoint, HostMesh
+from monarch.spmd import setup_torch_elastic_env_async
+from torchtitan.experiments.rl.unified.actors.calls import answer, stop
 from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries, threads_of_rank
+from torchtitan.experiments.rl.unified.infra.process import (
+    bind_to_cores,
+    ProcessLost,
+    quiet_libraries,
+    threads_of_rank,
+    TrainerLost,
+)
 from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport, WeightUpdate
 from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.preflight import trainer_ranks
 from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
 
 
@@ -41,9 +50,14 @@ class TrainerActor(Actor):
         return self.trainer.step, self.trainer.task_state
 
     @endpoint
-    def step(self, trajectories: list[Trajectory], advantages: torch.Tensor, task_state: dict[str, Any]):
+    def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):
         """One optimizer step on this rank's share; returns a trainer.StepResult."""
-        return self.trainer.step_on(trajectories, advantages, task_state)
+        return self.trainer.step_on(trajectories, advantages)
+
+    @endpoint
+    def save(self, task_state: dict[str, Any]) -> None:
+        """Saves the checkpoint that is due."""
+        self.trainer.save(task_state)
 
     @endpoint
     def send_weights(self) -> WeightUpdate | None:
@@ -61,3 +75,64 @@ class TrainerActor(Actor):
         self.transport.close()
         self.trainer.close()
         torch.distributed.destroy_process_group()
+
+
+class TrainerMesh:
+    """All ranks of the trainer, from the controller's side.
+
+    Args:
+        config: the job.
+        host: where the ranks run.
+
+    Raises:
+        TrainerLost: from every call, if a rank ended or did not answer in time; `start` begins anew.
+    """
+
+    def __init__(self, config: JobConfig, host: HostMesh) -> None:
+        self.config, self.host = config, host
+        self._procs = None
+
+    async def start(self) -> tuple[int, dict[str, Any]]:
+        """Starts the ranks, again if they ran; returns the step they stand at and the task's state there."""
+        await self.stop()
+        ranks = trainer_ranks(self.config) // len(self.config.cluster.trainer or [None])
+        binding = bind_to_cores(self.config.trainer.cores, ranks)
+        self._procs = self.host.spawn_procs(per_host={"ranks": ranks}, name="trainer", proc_bind=binding)
+        await setup_torch_elastic_env_async(self._procs)
+        self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
+        limit = self.config.comm.init_timeout_seconds
+        return _rank0(await self._call(self._actors.setup.call(), "the trainer to start", limit))
+
+    async def step(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> list[Any]:
+        """One optimizer step; returns each rank's trainer.StepResult."""
+        results = await self._call(self._actors.step.call(trajectories, advantages), "a training step")
+        return [result for _, result in results.items()]
+
+    async def save(self, task_state: dict[str, Any]) -> None:
+        """Saves the checkpoint that is due, with the task's state."""
+        await self._call(self._actors.save.call(task_state), "a checkpoint")
+
+    async def send_weights(self) -> WeightUpdate:
+        """Makes the weights fetchable; what was sent before the last time is gone."""
+        return _rank0(await self._call(self._actors.send_weights.call(), "the trainer's weights"))
+
+    async def close(self) -> None:
+        """Ends the ranks in good order: a checkpoint that is being written is finished."""
+        await self._call(self._actors.close.call(), "the trainer to close")
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Ends the ranks at once."""
+        if self._procs is not None:
+            procs, self._procs = self._procs, None
+            await stop(procs)
+
+    async def _call(self, future, what: str, seconds: float | None = None) -> Any:
+        try:
+            return await answer(future, seconds or self.config.trainer.timeout_seconds, what)
+        except ProcessLost as error:
+            raise TrainerLost(str(error)) from error
+
+
+def _rank0(values) -> Any:
+    return next(iter(values.items()))[1]

@@ -16,9 +16,27 @@ from torchtitan.experiments.rl.unified.job_config import JobConfig
 PACKAGE = "torchtitan.experiments.rl.unified"
 
 
+class ProcessLost(RuntimeError):
+    """A process of the job ended, or did not answer in time."""
+
+
+class TrainerLost(ProcessLost):
+    """It was one of the trainer's."""
+
+
 def threads_of_rank(ranks: int) -> int:
     """CPU threads for one of `ranks` processes that share the cores this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def bind_to_cores(cores: str, ranks: int) -> list[dict[str, str]] | None:
+    """Monarch's `proc_bind` of `ranks` processes that share the CPU cores in `cores`, such as "0-3,8"; "": any."""
+    return [{"cpus": cores}] * ranks if cores else None
+
+
+def watch_processes() -> None:
+    """Lets Monarch notice a dead process within a second, not ten; call it before Monarch is imported."""
+    os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")
 
 
 def quiet_libraries() -> None:

@@ -49,7 +49,8 @@ class Task:
         self.rewards = preflight.load_rewards(config)
         self.prompts = preflight.load_prompts(config)
         self.rewards.check_answers([prompt.answer for prompt in self.prompts.prompts])
-        self._asked: list[Prompt] = []
+        self._start = self.prompts.state_dict()
+        self._prompts = {prompt.row: prompt for prompt in self.prompts.prompts}
 
     def close(self) -> None:
         """Ends the process of a user's reward, if there is one."""
@@ -59,18 +60,18 @@ class Task:
         """Where the prompts stand, JSON-able."""
         return self.prompts.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
-        self.prompts.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Goes on where `state_dict` was taken; None: at the start."""
+        self.prompts.load_state_dict(state or self._start)
 
     def next_requests(self) -> list[Request]:
         """The next step's requests: `group_size` in a row for each of `prompts_per_step` prompts."""
-        self._asked = self.prompts.next_batch(self.config.rl.prompts_per_step)
-        return [self._request(prompt, sample) for prompt in self._asked for sample in range(self.config.rl.group_size)]
+        prompts = self.prompts.next_batch(self.config.rl.prompts_per_step)
+        return [self._request(prompt, sample) for prompt in prompts for sample in range(self.config.rl.group_size)]
 
     def score(self, trajectories: list[Trajectory]) -> Scored:
-        """Rewards and advantages of the completions of the last requests, in their order."""
-        asked = [prompt for prompt in self._asked for _ in range(self.config.rl.group_size)]
+        """Rewards and advantages of the completions of one step's requests, in their order."""
+        asked = [self._prompts[trajectory.request.row] for trajectory in trajectories]
         rewards = self.rewards.score(
             [
                 RewardInput(
@@ -84,9 +85,10 @@ class Task:
                 for prompt, trajectory in zip(asked, trajectories, strict=True)
             ]
         )
-        rewards_PG = torch.tensor([r.total for r in rewards]).view(len(self._asked), self.config.rl.group_size)
+        rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
         return Scored(rewards, self.estimate(rewards_PG).flatten())
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"
-        return Request(uid, sample, list(prompt.prompt_ids), completion_seed(self.config.debug.seed, uid, sample))
+        seed = completion_seed(self.config.debug.seed, uid, sample)
+        return Request(uid, sample, list(prompt.prompt_ids), seed, prompt.row)

@@ -5,8 +5,10 @@
 
 """What a generator hands to a trainer: tokens as they were sampled, never text that would be tokenised again."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,12 +22,14 @@ class Request:
         sample: index of the completion in its prompt's group.
         prompt_ids: token ids of the prompt.
         seed: of this completion's sampling.
+        row: of the prompt in its dataset.
     """
 
     uid: str
     sample: int
     prompt_ids: list[int]
     seed: int
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,16 @@ class Trajectory:
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able and exact: an fp32 number is one of JSON's."""
+        return {**dataclasses.asdict(self), "logprobs": self.logprobs.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Trajectory":
+        """What `to_dict` was called on."""
+        logprobs = torch.tensor(values["logprobs"], dtype=torch.float32)
+        return cls(**{**values, "request": Request(**values["request"]), "logprobs": logprobs})
 
 
 def completion_seed(run_seed: int, uid: str, sample: int) -> int:

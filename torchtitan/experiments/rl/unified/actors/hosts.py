@@ -1,0 +1,77 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Where the processes of a job run: Monarch host meshes, by `[cluster]`."""
+
+import socket
+from urllib.parse import urlsplit
+
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+
+_CONNECT_SECONDS = 5
+
+
+def check_cluster(config: JobConfig) -> None:
+    """Every worker of `[cluster]` answers, and the layout fits them.
+
+    Raises:
+        ValueError: names the key, the address and what is wrong with it.
+    """
+    cluster = config.cluster
+    for key in ("trainer", "generators"):
+        for address in getattr(cluster, key):
+            where = f"[cluster] {key}: {address!r}"
+            parts = urlsplit(address)
+            if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+                raise ValueError(f'{where} is no address of a Monarch worker; it looks like "tcp://host:port"')
+            try:
+                socket.create_connection((parts.hostname, parts.port), _CONNECT_SECONDS).close()
+            except OSError as error:
+                raise ValueError(
+                    f"{where} cannot be reached ({error}); start a worker there: python -c 'from monarch.actor import "
+                    "run_worker_loop_forever as run; "
+                    f'run(ca="trust_all_connections", address="{address}")\''
+                ) from error
+    if shared := set(cluster.trainer) & set(cluster.generators):
+        raise ValueError(f"[cluster] {shared.pop()!r} is named for trainer and generators: start a worker for each")
+    if not (cluster.trainer or cluster.generators):
+        return
+    parts = urlsplit(cluster.address)
+    if parts.port:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((parts.hostname, parts.port))
+        except OSError as error:
+            raise ValueError(f"[cluster] address {cluster.address!r} cannot be used here: {error}") from error
+
+
+class Hosts:
+    """The host meshes of a job.
+
+    Args:
+        config: the job, checked.
+
+    Attributes:
+        trainer: of the trainer's ranks.
+        generators: one for each replica.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        from monarch.actor import attach_to_workers, enable_transport, this_host
+
+        cluster, replicas = config.cluster, config.generator.replicas
+        if cluster.trainer or cluster.generators:
+            enable_transport(cluster.address)
+
+        def attach(workers: list[str]):
+            return attach_to_workers(ca="trust_all_connections", workers=workers)
+
+        self.trainer = attach(cluster.trainer) if cluster.trainer else this_host()
+        if cluster.generators:
+            hosts = [attach([worker]) for worker in cluster.generators]
+            self.generators = [hosts[replica % len(hosts)] for replica in range(replicas)]
+        else:
+            self.generators = [this_host()] * replicas
