@@ -63,19 +63,19 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
 
 FORGETS_ONE_UPDATE = """
 import sys
-import time
-from torchtitan.experiments.rl.unified.actors import mesh
+from torchtitan.experiments.rl.unified.actors import generator
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
-class ForgetsOneUpdate(mesh.Meshes):
+class ForgetsOneUpdate(generator.Replica):
     calls = 0
 
-    async def sync_weights(self):
+    async def update_weights(self, update):
         self.calls += 1
         # The first brings the initial weights; this one follows step 1.
-        return 1 if self.calls == 2 else await super().sync_weights()
+        if self.calls != 2:
+            await super().update_weights(update)
 
-mesh.Meshes = ForgetsOneUpdate
+generator.Replica = ForgetsOneUpdate
 sys.exit(main(sys.argv[1:]))
 """
 

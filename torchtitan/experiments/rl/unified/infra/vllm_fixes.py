@@ -5,7 +5,10 @@
 
 """What vLLM 0.32 needs to serve a policy on a CPU: each fix with its symptom, its cause and when it can go."""
 
+import ctypes
+import multiprocessing
 import os
+import signal
 
 import torch
 
@@ -49,8 +52,24 @@ def apply() -> None:
     """Applies every fix that this process needs; the second call changes nothing."""
     from vllm.platforms import current_platform
 
+    if multiprocessing.parent_process() is not None:
+        _die_with_parent()
     if current_platform.is_cpu():
         _seed_by_position()
+
+
+def _die_with_parent() -> None:
+    """Processes that an engine starts.
+
+    Symptom: the workers of a tensor parallel generator, and their shared memory, outlive a generator that was killed.
+    Cause: vLLM's engine process waits for messages of a parent that is gone.
+    Here: the kernel ends each process with the one that started it.
+    Goes: when vLLM's processes watch their parents.
+    """
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # It died before the call.
+        os._exit(1)
 
 
 def _seed_by_position() -> None:

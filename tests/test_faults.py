@@ -1,0 +1,135 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Processes that die in the middle of a job, on purpose and on time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+
+FLAGS = ["--rl.prompts_per_step", "4", "--rl.group_size", "4", "--metrics.no-enable_tensorboard"]
+
+# Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then.
+FAULTY_JOB = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from torchtitan.experiments.rl.unified.actors import generator, trainer
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+def pid_of(name):
+    pids = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    return next(int(p) for p in pids if f"HYPERACTOR_PROCESS_NAME={name}" in Path(f"/proc/{p}/environ").read_text())
+
+def kill_at(cls, method, call, name, delay):
+    original, calls = getattr(cls, method), [0]
+
+    async def faulty(self, *args):
+        calls[0] += 1
+        if calls[0] == call:
+            asyncio.get_running_loop().call_later(delay, lambda: os.kill(pid_of(name), signal.SIGKILL))
+        return await original(self, *args)
+
+    setattr(cls, method, faulty)
+
+for fault in sys.argv.pop(1).split():
+    place, call, name, delay = fault.split(":")
+    cls, method = place.split(".")
+    cls = {"Replica": generator.Replica, "TrainerMesh": trainer.TrainerMesh}[cls]
+    kill_at(cls, method, int(call), name, float(delay))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(folder: Path, *flags: str, faults: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", FAULTY_JOB, faults, "--job.dump_folder", str(folder), *FLAGS, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder.parent)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, tmp_path):
+    """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank."""
+    flags = ["--training.steps", "7", "--trajectory_queue.max_staleness", str(max_staleness)]
+    flags += ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.no-last_save_model_only"]
+    whole = run(tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+    faults = (
+        "Replica.generate:2:generator0:0.02 Replica.update_weights:4:generator0:0 TrainerMesh.step:5:trainer-1:0.01"
+    )
+    done = run(tmp_path / "faulty", *flags, faults=faults)
+    assert done.returncode == 0, done.stderr
+    assert "starting it again, restart 1" in done.stderr and "starting it again, restart 2" in done.stderr
+    assert "going on from the last checkpoint, restart 1" in done.stderr
+    assert metrics(tmp_path / "faulty") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_controller_leaves_nothing_behind(tmp_path):
+    """Proves it where it is hardest: a tensor parallel engine has processes and shared memory of its own."""
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, simple_rl_multiprocess.__file__, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
+    command += ["--parallelism.data_parallel_replicate_degree", "1", "--parallelism.tensor_parallel_degree", "2"]
+    command += ["--generator.tensor_parallel_degree", "2", "--training.steps", "1000"]
+    mark = f"FAULT_TEST={tmp_path}"
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as job:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 240, "the first step")
+        assert len(marked(mark)) >= 5  # controller, trainer, generator, two workers
+        job.send_signal(signal.SIGKILL)
+    wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
+    wait_for(lambda: set(os.listdir("/dev/shm")) <= before, 20, "shared memory to be freed")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_job_in_good_order(tmp_path):
+    """Proves that an interrupted job ends in seconds, with its record whole."""
+    command = [sys.executable, simple_rl_multiprocess.__file__, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
+    mark = f"FAULT_TEST={tmp_path}"
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    job = subprocess.Popen(
+        [*command, "--training.steps", "1000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    with job:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 240, "the first step")
+        os.killpg(job.pid, signal.SIGINT)
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130 and errors.strip().endswith("interrupted") and "Traceback" not in errors
+    assert metrics(tmp_path / "run")
+    wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
+
+
+def marked(mark: str) -> list[int]:
+    """Live processes with `mark` in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark in (entry / "environ").read_text().split("\0"):
+                found.append(int(entry.name))
+        except OSError:  # It ended meanwhile.
+            pass
+    return found
+
+
+def wait_for(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
