@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.logprobs import sampling_logprobs
+from torchtitan.experiments.rl.unified import logprobs
+from torchtitan.experiments.rl.unified.logprobs import sampling_entropy, sampling_logits, sampling_logprobs
 
 
 def test_by_hand():
@@ -37,3 +38,15 @@ def test_the_gradient_stays_within_the_filter():
     sampling_logprobs(logits, torch.tensor([0]), 1.0, top_k=2).sum().backward()
     assert logits.grad.isfinite().all()
     assert logits.grad[0, 2:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}])
+def test_entropy_is_that_of_the_distribution_sampled_from_in_chunks_too(settings, monkeypatch):
+    logits = 3 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    expected = []
+    for row in sampling_logits(logits, 0.7, **settings).double().softmax(-1).tolist():
+        expected.append(-math.fsum(p * math.log(p) for p in row if p))
+    whole = sampling_entropy(logits.requires_grad_(), 0.7, **settings)
+    assert whole.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6) and not whole.requires_grad
+    monkeypatch.setattr(logprobs, "_CHUNK", 16 * 7)
+    assert torch.equal(sampling_entropy(logits, 0.7, **settings), whole)

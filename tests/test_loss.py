@@ -9,9 +9,14 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.loss import kl_k3, LOSSES, MAX_LOG_RATIO, policy_loss, tis_weight
+from torchtitan.experiments.rl.unified.job_config import PolicyLoss
+from torchtitan.experiments.rl.unified.loss import kl_k3, LOSSES, policy_loss, tis_weight
+from torchtitan.experiments.rl.unified.loss.base import MAX_LOG_RATIO
 
-CLIPS = [(0.2, 0.2), (0.2, 0.28), (0.0, 1.0)]
+CLIPS = [
+    *((name, *clip) for name in ("grpo", "dr_grpo") for clip in ((0.2, 0.2), (0.0, 0.0), (0.4, 0.4))),
+    *((name, *clip) for name in ("dapo", "reinforce") for clip in ((0.2, 0.2), (0.2, 0.28), (0.0, 1.0))),
+]
 
 
 def reference_loss(name: str, logprob: float, behavior: float, advantage: float, low: float, high: float) -> float:
@@ -39,11 +44,10 @@ def tokens(count: int = 500) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logprobs_T.requires_grad_(), behavior_T, advantages_T
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("low, high", CLIPS)
+@pytest.mark.parametrize("name, low, high", CLIPS)
 def test_loss_and_gradient_equal_the_definition(name, low, high):
     logprobs_T, behavior_T, advantages_T = tokens()
-    loss_T, stats = LOSSES[name](logprobs_T, behavior_T, advantages_T, clip_low=low, clip_high=high)
+    loss_T, clipped_T = LOSSES[name](low, high)(logprobs_T, behavior_T, advantages_T)
     rows = list(zip(logprobs_T.tolist(), behavior_T.tolist(), advantages_T.tolist(), strict=True))
     expected_T = torch.tensor([reference_loss(name, *row, low, high) for row in rows], dtype=torch.float64)
     torch.testing.assert_close(loss_T, expected_T, rtol=1e-13, atol=1e-13)
@@ -54,29 +58,26 @@ def test_loss_and_gradient_equal_the_definition(name, low, high):
     inside_T = torch.ones(len(rows), dtype=torch.bool) if low else behavior_T != logprobs_T
     torch.testing.assert_close(logprobs_T.grad[inside_T], gradient_T[inside_T], rtol=1e-12, atol=1e-12)
 
-    clipped_T = (gradient_T == 0) & (advantages_T != 0)
-    assert torch.equal(stats["clipped"].bool(), clipped_T)
+    assert torch.equal(clipped_T, (gradient_T == 0) & (advantages_T != 0))
     assert name == "reinforce" or clipped_T.any()
 
 
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforces():
+def test_on_policy_every_gradient_is_that_of_reinforce():
     logprobs_T, _, advantages_T = tokens()
     gradients = {}
     for name in LOSSES:
-        loss_T, stats = LOSSES[name](logprobs_T, logprobs_T.detach(), advantages_T)
+        loss_T, clipped_T = LOSSES[name]()(logprobs_T, logprobs_T.detach(), advantages_T)
         (gradients[name],) = torch.autograd.grad(loss_T.sum(), logprobs_T)
-        assert torch.equal(stats["ratio"], torch.ones(500, dtype=torch.float64))
-        assert torch.equal(stats["kl"], torch.zeros(500, dtype=torch.float64))
-        assert not stats["clipped"].any()
+        assert not clipped_T.any()
     assert all(torch.equal(gradient_T, -advantages_T) for gradient_T in gradients.values())
 
 
 def test_dapo_clips_high_later_than_grpo():
     logprobs_T, behavior_T = torch.tensor([0.25]).log(), torch.tensor([0.2]).log()
     advantages_T = torch.ones(1)
-    _, grpo = LOSSES["grpo"](logprobs_T, behavior_T, advantages_T, clip_low=0.2, clip_high=0.2)
-    _, dapo = LOSSES["dapo"](logprobs_T, behavior_T, advantages_T, clip_low=0.2, clip_high=0.28)
-    assert grpo["clipped"].item() == 1.0 and dapo["clipped"].item() == 0.0
+    _, grpo_T = LOSSES["grpo"](0.2, 0.2)(logprobs_T, behavior_T, advantages_T)
+    _, dapo_T = LOSSES["dapo"](0.2, 0.28)(logprobs_T, behavior_T, advantages_T)
+    assert grpo_T.item() and not dapo_T.item()
 
 
 def test_normalization_tells_dr_grpo_from_grpo():
@@ -94,15 +95,9 @@ def test_normalization_tells_dr_grpo_from_grpo():
 def test_extreme_ratios_stay_finite(name, difference, advantage):
     logprobs_T = torch.tensor([-1e4 if difference < 0 else -1e-3], requires_grad=True)
     behavior_T = logprobs_T.detach() - difference
-    loss_T, stats = LOSSES[name](logprobs_T, behavior_T, torch.tensor([advantage]))
+    loss_T, _ = LOSSES[name]()(logprobs_T, behavior_T, torch.tensor([advantage]))
     loss_T.sum().backward()
-    for value_T in (loss_T, logprobs_T.grad, *stats.values()):
-        assert value_T.isfinite().all()
-
-
-def test_statistics_carry_no_gradient():
-    _, stats = LOSSES["grpo"](*tokens())
-    assert not any(value_T.requires_grad for value_T in stats.values())
+    assert loss_T.isfinite().all() and logprobs_T.grad.isfinite().all()
 
 
 def test_kl_k3_equals_the_definition_and_is_never_negative():
@@ -145,18 +140,22 @@ def test_tis_weight_is_truncated_and_without_gradient():
 
 
 @pytest.mark.parametrize(
-    "name, low, high, message",
+    "settings, message",
     [
-        ("ppo", 0.2, 0.2, "'ppo' does not exist; choose one of: grpo, dr_grpo, dapo, reinforce"),
-        ("grpo", 0.2, 0.28, 'make them equal or choose "dapo"'),
-        ("dapo", -0.1, 0.2, "clip_low must be between 0 and 1"),
-        ("dapo", 0.2, float("nan"), "clip_high not below 0"),
+        ({"name": "ppo"}, "'ppo' does not exist; choose one of: grpo, dr_grpo, dapo, reinforce"),
+        ({"clip_high": 0.28}, 'make them equal or choose "dapo"'),
+        ({"name": "dr_grpo", "clip_high": 0.28}, 'make them equal or choose "dapo"'),
+        ({"name": "dapo", "clip_low": -0.1}, "clip_low must be between 0 and 1"),
+        ({"name": "dapo", "clip_high": float("nan")}, "clip_high not below 0"),
+        ({"kl_weight": -0.1}, "kl_weight = -0.1 must not be below 0"),
+        ({"tis_cap": float("nan")}, "tis_cap = nan must be above 0"),
     ],
 )
-def test_bad_settings_are_refused(name, low, high, message):
+def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(name, low, high)
+        policy_loss(PolicyLoss(**settings))
 
 
-def test_a_good_setting_gives_the_registered_loss():
-    assert policy_loss("dapo", 0.2, 0.28) is LOSSES["dapo"]
+def test_a_good_setting_gives_the_registered_loss_with_its_clip_range():
+    loss = policy_loss(PolicyLoss(name="dapo", clip_high=0.28))
+    assert type(loss) is LOSSES["dapo"] and (loss.clip_low, loss.clip_high) == (0.2, 0.28)

@@ -11,8 +11,8 @@ from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed
 EOS = 9
 
 
-def trajectory(prompt: list[int], completion: list[int], logprobs: list[float], reason: str = "stop") -> Trajectory:
-    return Trajectory(Request("p", 0, prompt, 0), completion, torch.tensor(logprobs), 0, reason, "")
+def trajectory(prompt: list[int], completion: list[int], logprobs: list[float], reason: str = "stop", version: int = 0):
+    return Trajectory(Request("p", 0, prompt, 0), completion, torch.tensor(logprobs), version, reason, "")
 
 
 def of_length(tokens: int) -> Trajectory:
@@ -21,7 +21,7 @@ def of_length(tokens: int) -> Trajectory:
 
 def test_layout_of_a_pack():
     finished = trajectory([1, 2], [3, 4, EOS], [-0.1, -0.2, -0.3])
-    truncated = trajectory([5], [6, 7], [-0.4, -0.5], reason="length")
+    truncated = trajectory([5], [6, 7], [-0.4, -0.5], reason="length", version=3)
     packed = pack([finished, truncated], torch.tensor([2.0, -1.0]), [0, 1])
 
     # sequence            |-- finished --|  |- truncated -|
@@ -29,6 +29,8 @@ def test_layout_of_a_pack():
     assert packed.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert packed.labels.tolist() == [[IGNORE_INDEX, 3, 4, EOS, 6, 7]]
     assert packed.advantages.tolist() == [[0.0, 2.0, 2.0, 2.0, -1.0, -1.0]]
+    assert packed.policy_versions.tolist() == [[0, 0, 0, 0, 3, 3]]
+    assert packed.sampled(packed.policy_versions).tolist() == [0, 0, 0, 3, 3]
     expected = torch.tensor([[0.0, -0.1, -0.2, -0.3, -0.4, -0.5]])
     assert torch.equal(packed.generator_logprobs, expected)
     assert packed.cu_seqlens.tolist() == [0, 4, 6] and packed.cu_seqlens.dtype == torch.int32

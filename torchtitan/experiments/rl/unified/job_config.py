@@ -128,13 +128,19 @@ class Advantage:
 @dataclass
 class PolicyLoss:
     name: str = "grpo"
-    """Loss, see loss.py"""
+    """Loss, see loss/"""
 
     clip_low: float = 0.2
     """Lower clip range of the probability ratio"""
 
     clip_high: float = 0.2
     """Upper clip range of the probability ratio"""
+
+    kl_weight: float = 0.0
+    """Weight of the KL divergence (k3) from the frozen initial policy (model.hf_assets_path); 0 is off, at no cost"""
+
+    tis_cap: float = 2.0
+    """Largest importance weight of a token that an older policy version sampled"""
 
 
 @dataclass

@@ -7,16 +7,16 @@
 
 import torch
 
+# Elements of the logits that `sampling_entropy` looks at in one go: 4 MiB in fp32.
+_CHUNK = 1 << 20
 
-def sampling_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> torch.Tensor:
-    """fp32 (tokens,) log-probs of `token_ids` after temperature, top-k and top-p, as vLLM's "processed_logprobs".
+
+def sampling_logits(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """fp32 (tokens, vocab) logits after temperature, top-k and top-p: what is cut off is -inf.
 
     Args:
         logits: (tokens, vocab), the model's dtype.
-        token_ids: int64 (tokens,).
-        temperature: 0 is greedy sampling; log-probs are then those of the unscaled distribution.
+        temperature: 0 is greedy sampling; the logits are then those of the unscaled distribution.
         top_k: 0 is off.
         top_p: 1 is off.
 
@@ -34,4 +34,26 @@ def sampling_logprobs(
             p = torch.full((rows,), top_p, dtype=torch.float32, device=logits.device) if top_p < 1 else None
             keep = apply_top_k_top_p(logits.detach().clone(), k, p).isfinite()
             logits = logits.masked_fill(~keep, -torch.inf)
+    return logits
+
+
+def sampling_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """fp32 (tokens,) log-probs of `token_ids`, int64 (tokens,), as vLLM's "processed_logprobs".
+
+    The other arguments are those of `sampling_logits`.
+    """
+    logits = sampling_logits(logits, temperature, top_k, top_p)
     return logits.log_softmax(dim=-1).gather(-1, token_ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sampling_entropy(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """fp32 (tokens,) entropy in nats of the distribution that is sampled from, without gradient.
+
+    Some rows at a time: it takes no second copy of the logits. Arguments are those of `sampling_logits`.
+    """
+    rows = max(1, _CHUNK // logits.shape[-1])
+    chunks = (sampling_logits(chunk, temperature, top_k, top_p) for chunk in logits.split(rows))
+    return torch.cat([torch.special.entr(chunk.softmax(dim=-1)).sum(dim=-1) for chunk in chunks])

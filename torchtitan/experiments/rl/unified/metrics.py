@@ -19,6 +19,7 @@ from torchtitan.experiments.rl.unified.job_config import JobConfig, write_toml
 from torchtitan.experiments.rl.unified.parity import ParityReport
 from torchtitan.experiments.rl.unified.rollout.task import Scored
 from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
+from torchtitan.experiments.rl.unified.step_stats import StepStats
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class StepRecord:
             "tokens_compared": parity.tokens_compared,
             "mismatched_tokens": parity.mismatched_tokens,
             "max_logprob_difference": parity.max_difference,
+            **sum((r.stats for r in results), start=StepStats()).means(),
             "advantage_std": float(scored.advantages.std(correction=0)),
             "completion_tokens_mean": sum(lengths) / len(lengths),
             "completion_tokens_max": max(lengths),

@@ -69,7 +69,7 @@ def check_batch(config: JobConfig) -> None:
             f"{batch} completions a step ({sizes}) cannot be shared equally by {degree} data-parallel trainer ranks "
             f"([parallelism] data_parallel_*_degree): make the one a multiple of the other"
         )
-    policy_loss(config.policy_loss.name, config.policy_loss.clip_low, config.policy_loss.clip_high)
+    policy_loss(config.policy_loss)
 
 
 def check_arithmetic(config: JobConfig) -> None:

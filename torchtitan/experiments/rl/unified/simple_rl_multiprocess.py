@@ -25,6 +25,7 @@ from torchtitan.experiments.rl.unified.infra.process import (
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.nonfinite import NonFiniteError
 from torchtitan.experiments.rl.unified.parity import ParityError
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def main(args: list[str]) -> int:
         config = load_job_config(args)
         honour_environment(config)
         print(asyncio.run(run(config)))
-    except (ValueError, ParityError, ProcessLost, WeightTransferError) as error:
+    except (ValueError, ParityError, NonFiniteError, ProcessLost, WeightTransferError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,22 +9,28 @@ import contextlib
 import copy
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.tensor import DTensor
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.checkpoint import MODEL
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
 from torchtitan.experiments.rl.unified.infra.parallelize import parallelize_policy
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.logprobs import sampling_logprobs
-from torchtitan.experiments.rl.unified.loss import policy_loss
+from torchtitan.experiments.rl.unified.logprobs import sampling_entropy, sampling_logprobs
+from torchtitan.experiments.rl.unified.loss import kl_k3, policy_loss, tis_weight
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.nonfinite import stop_unless_finite
 from torchtitan.experiments.rl.unified.parity import compare, ParityError, ParityReport
+from torchtitan.experiments.rl.unified.reference import ReferencePolicy
 from torchtitan.experiments.rl.unified.rollout.packing import Microbatch, pack, plan
 from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
+from torchtitan.experiments.rl.unified.step_stats import StepStats
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
@@ -40,6 +46,7 @@ class StepResult:
         grad_norm: before clipping.
         lr: the learning rate the step was taken with.
         parity: of this rank's tokens; empty on all but the first of the ranks that share them (tensor parallel).
+        stats: likewise.
         checkpoint_due: `save` is to be called before the next step.
     """
 
@@ -48,6 +55,7 @@ class StepResult:
     grad_norm: float
     lr: float
     parity: ParityReport
+    stats: StepStats
     checkpoint_due: bool
 
 
@@ -82,17 +90,25 @@ class RLTrainer(Trainer):
         super().__init__(job_config)
         # Mixed precision must cast the same tensors in trainer and generator; autocast would choose op by op.
         self.maybe_enable_amp = contextlib.nullcontext()
-        config = job_config.policy_loss
-        self.policy_loss = policy_loss(config.name, config.clip_low, config.clip_high)
-        self.parity = ParityReport()
+        self.policy_loss = policy_loss(job_config.policy_loss)
+        self.reference: ReferencePolicy | None = None
+        self.parity, self.stats = ParityReport(), StepStats()
         self.task_state: dict[str, Any] = {}
         self._trajectories: list[Trajectory] = []
+        self._advantages = torch.empty(0)
+        self._losses: list[torch.Tensor] = []
         # DDP averages gradients; a sum over the step's tokens wants their sum.
         averages = self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled
         self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
 
     def load(self) -> None:
-        """Loads the newest checkpoint of the run, or the weights that training starts from."""
+        """Loads the run's newest checkpoint, or the weights that training starts from; and the reference policy."""
+        if self.job_config.policy_loss.kl_weight:
+            # Always from the initial weights: a checkpoint of the run holds weights that have moved.
+            initial = self.job_config.checkpoint.initial_load_path or self.job_config.model.hf_assets_path
+            weights = self.checkpointer.states[MODEL].state_dict()
+            self.checkpointer.dcp_load(weights, initial, from_hf=True, from_quantized=False)
+            self.reference = ReferencePolicy(self.model_parts[0])
         self.checkpointer.load(step=self.job_config.checkpoint.load_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,21 +128,26 @@ class RLTrainer(Trainer):
 
         Raises:
             ParityError: a log-prob differs from the generator's and `[parity] check` is "assert"; no step was taken.
+            NonFiniteError: the loss or the gradient norm is NaN or infinite; no step was taken, on no rank.
+            ValueError: a trajectory is of a policy version that this trainer has not reached.
         """
-        self._trajectories = trajectories
-        self.parity = ParityReport()
+        if newer := [t.policy_version for t in trajectories if t.policy_version > self.step]:
+            raise ValueError(f"trajectories of policy version {max(newer)} reached a trainer at version {self.step}")
+        self._trajectories, self._advantages = trajectories, advantages
+        self.parity, self.stats, self._losses = ParityReport(), StepStats(), []
         rank, ranks = self._data_rank()
         microbatches = plan(trajectories, ranks, self.job_config.rl.microbatch_tokens)[rank]
         self.step += 1
         self.gc_handler.run(self.step)
         self.gradient_accumulation_steps = len(microbatches)
-        packed = (vars(pack(trajectories, advantages, indices)).copy() for indices in microbatches)
         with self._arithmetic():
-            self.train_step(self.batch_generator((fields, fields.pop("labels")) for fields in packed))
+            packed = self._add_reference(pack(trajectories, advantages, indices) for indices in microbatches)
+            rows = (vars(microbatch).copy() for microbatch in packed)
+            self.train_step(self.batch_generator((fields, fields.pop("labels")) for fields in rows))
         shared = self.parallel_dims.tp_enabled and self.parallel_dims.get_mesh("tp").get_local_rank() > 0
-        parity = ParityReport() if shared else self.parity
+        parity, stats = (ParityReport(), StepStats()) if shared else (self.parity, self.stats)
         due = self.checkpointer._should_save(self.step, self._at_last_step())
-        return StepResult(self.step, parity=parity, checkpoint_due=due, **self.metrics_processor.last)
+        return StepResult(self.step, parity=parity, stats=stats, checkpoint_due=due, **self.metrics_processor.last)
 
     def save(self, task_state: dict[str, Any]) -> None:
         """Saves the checkpoint of this step.
@@ -141,43 +162,87 @@ class RLTrainer(Trainer):
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
     ) -> torch.Tensor:
         """Adds one microbatch's gradient; returns its loss sum over the step's tokens (upstream's contract)."""
-        microbatch = Microbatch(**input_dict, labels=labels)
-        sampled_T = labels[0] != IGNORE_INDEX
-        logprobs_N = self.logprobs(microbatch)
-        generator_N = microbatch.generator_logprobs[0][sampled_T]
-        self._check_parity(microbatch, generator_N, logprobs_N.detach(), sampled_T)
-        config = self.job_config.policy_loss
-        loss_N, _ = self.policy_loss(
-            logprobs_N,
-            generator_N,
-            microbatch.advantages[0][sampled_T],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
-        weight = global_valid_tokens
+        microbatch, config = Microbatch(**input_dict, labels=labels), self.job_config.policy_loss
+        logits = self._sampled_logits(microbatch)
+        logprobs_N = self._sampling_logprobs(logits, microbatch)
+        now_N, generator_N = logprobs_N.detach(), microbatch.sampled(microbatch.generator_logprobs)
+        stale_N = microbatch.sampled(microbatch.policy_versions) < self.step - 1
+        self._check_parity(microbatch, generator_N, now_N, ~stale_N)
+
+        # A batch is used for one update, so the policy to stay close to is the current one. Where that did not sample
+        # the tokens, the importance weight makes up for it; where it did, the weight is exactly 1.
+        old_N = torch.where(stale_N, now_N, generator_N)
+        weight_N = torch.where(stale_N, tis_weight(now_N, generator_N, config.tis_cap), 1.0)
+        loss_N, clipped_N = self.policy_loss(logprobs_N, old_N, microbatch.sampled(microbatch.advantages))
+        kl_reference = None
+        if microbatch.reference_logprobs is not None:
+            kl_N = kl_k3(logprobs_N, microbatch.reference_logprobs)
+            kl_reference = float(kl_N.detach().sum())
+            loss_N = loss_N + config.kl_weight * kl_N
+        divisor = global_valid_tokens
         if self.policy_loss.normalization == "constant":
-            weight = len(self._trajectories) * self.job_config.sampling.max_tokens
-        loss = loss_N.sum() / weight
+            divisor = len(self._trajectories) * self.job_config.sampling.max_tokens
+        loss = (loss_N * weight_N).sum() / divisor
+
+        self.stats += StepStats(
+            tokens=len(now_N),
+            stale_tokens=int(stale_N.sum()),
+            truncated_weights=int((stale_N & (weight_N == config.tis_cap)).sum()),
+            clipped_tokens=int(clipped_N.sum()),
+            entropy=float(sampling_entropy(logits.detach(), **self._sampling_filter()).sum()),
+            kl_generator_trainer=float(kl_k3(generator_N, now_N).sum()),
+            kl_reference=kl_reference,
+        )
+        del logits  # The graph needs them no more.
         (loss * self.gradient_scale).backward()
+        self._losses.append(loss.detach())
+        if len(self._losses) == self.gradient_accumulation_steps:
+            self._check_finite()
         return loss.detach()
 
     def logprobs(self, microbatch: Microbatch) -> torch.Tensor:
         """fp32 log-probs of the microbatch's sampled tokens, in order, under the sampling distribution."""
-        lengths = microbatch.cu_seqlens.diff()
-        longest = int(lengths.max())
-        metadata = VarlenMetadata(microbatch.cu_seqlens, microbatch.cu_seqlens, longest, longest)
-        logits = self.model_parts[0](microbatch.tokens, attention_masks=metadata, positions=microbatch.positions)
-        sampled_T = microbatch.labels[0] != IGNORE_INDEX
-        sampling = self.job_config.sampling
-        return sampling_logprobs(
-            logits[0][sampled_T], microbatch.labels[0][sampled_T], sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        return self._sampling_logprobs(self._sampled_logits(microbatch), microbatch)
 
     def policy_weights(self, dtype: torch.dtype):
         """Yields (name, full tensor in `dtype`) of every parameter, tied ones once. Collective over the trainer."""
         for name, param in self.model_parts[0].named_parameters():
             full = param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
-            yield name, full.to(dtype)
+            yield name.replace(_CHECKPOINT_PREFIX, ""), full.to(dtype)
+
+    def _sampled_logits(self, microbatch: Microbatch) -> torch.Tensor:
+        """(sampled tokens, vocab) logits that the microbatch's sampled tokens were drawn from."""
+        longest = int(microbatch.cu_seqlens.diff().max())
+        metadata = VarlenMetadata(microbatch.cu_seqlens, microbatch.cu_seqlens, longest, longest)
+        logits = self.model_parts[0](microbatch.tokens, attention_masks=metadata, positions=microbatch.positions)
+        return microbatch.sampled(logits)
+
+    def _sampling_logprobs(self, logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        return sampling_logprobs(logits, microbatch.sampled(microbatch.labels), **self._sampling_filter())
+
+    def _sampling_filter(self) -> dict[str, Any]:
+        sampling = self.job_config.sampling
+        return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+
+    @torch.no_grad()
+    def _add_reference(self, microbatches: Iterable[Microbatch]) -> Iterable[Microbatch]:
+        """The microbatches with the reference policy's log-probs, if there is one."""
+        if self.reference is None:
+            return microbatches
+        with self.reference.in_place():
+            moved = (microbatch.to(self.device) for microbatch in microbatches)
+            return [dataclasses.replace(m, reference_logprobs=self.logprobs(m)) for m in moved]
+
+    def _check_finite(self) -> None:
+        """After the step's last backward and before clipping: NaN must not reach the optimizer."""
+        loss = torch.stack(self._losses).sum()
+        if self.parallel_dims.dp_cp_enabled:
+            loss = dist_utils.dist_sum(loss, self.parallel_dims.get_mesh("loss"))
+        grads = [param.grad for param in self.model_parts[0].parameters() if param.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        figures = {"loss": float(loss), "grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)}
+        folder = self.job_config.job.dump_folder
+        stop_unless_finite(figures, folder, self.step, self._trajectories, self._advantages)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         off = self.job_config.parity.check == "off"
@@ -193,13 +258,14 @@ class RLTrainer(Trainer):
         return mesh.get_local_rank(), mesh.size()
 
     def _check_parity(
-        self, microbatch: Microbatch, generator_N: torch.Tensor, trainer_N: torch.Tensor, sampled_T: torch.Tensor
+        self, microbatch: Microbatch, generator_N: torch.Tensor, trainer_N: torch.Tensor, current_N: torch.Tensor
     ) -> None:
+        """Compares the tokens that the trainer's current weights sampled, those where `current_N`."""
         if self.job_config.parity.check == "off":
             return
 
         def where(token: int) -> str:
-            row = int(sampled_T.nonzero()[token])
+            row = int(microbatch.sampled(torch.arange(microbatch.labels.shape[1])[None])[current_N][token])
             sequence = int(torch.searchsorted(microbatch.cu_seqlens, row, right=True)) - 1
             trajectory = self._trajectories[microbatch.trajectories[sequence]]
             position = int(microbatch.positions[0, row]) + 1
@@ -208,7 +274,7 @@ class RLTrainer(Trainer):
                 f"position {position} (policy version {trajectory.policy_version})"
             )
 
-        report = compare(generator_N, trainer_N, where)
+        report = compare(generator_N[current_N], trainer_N[current_N], where)
         self.parity += report
         if report.mismatched_tokens and self.job_config.parity.check == "assert":
             raise ParityError(

@@ -5,7 +5,7 @@
 
 """Trajectories packed end to end into microbatches, without padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
@@ -23,6 +23,7 @@ class Microbatch:
         labels              -   x   y   EOS      (-: IGNORE_INDEX)
         generator_logprobs  0   lx  ly  lEOS
         advantages          0   A   A   A
+        policy_versions     v   v   v   v
 
     Attributes:
         tokens: int64 token ids.
@@ -31,7 +32,9 @@ class Microbatch:
         labels: int64 sampled token that follows, IGNORE_INDEX where it was not sampled.
         generator_logprobs: fp32 log-prob the generator sampled the label with.
         advantages: fp32 advantage of the label's trajectory.
+        policy_versions: int64 version of the weights that sampled the label.
         trajectories: indices of the sequences in the list they were packed from.
+        reference_logprobs: fp32 (sampled labels,), their log-probs under the reference policy; None without one.
     """
 
     tokens: torch.Tensor
@@ -40,7 +43,18 @@ class Microbatch:
     labels: torch.Tensor
     generator_logprobs: torch.Tensor
     advantages: torch.Tensor
+    policy_versions: torch.Tensor
     trajectories: list[int]
+    reference_logprobs: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
+
+    def sampled(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of `values` (1, tokens, ...) whose label was sampled."""
+        return values[0][self.labels[0] != IGNORE_INDEX]
 
 
 def plan(trajectories: list[Trajectory], ranks: int, token_budget: int) -> list[list[list[int]]]:
@@ -107,5 +121,6 @@ def _pack_one(trajectories: list[Trajectory], advantages: torch.Tensor, indices:
         labels=labels_T[None],
         generator_logprobs=torch.cat(logprobs)[None],
         advantages=(advantages.repeat_interleave(lengths) * (labels_T != IGNORE_INDEX))[None],
+        policy_versions=torch.tensor([t.policy_version for t in trajectories]).repeat_interleave(lengths)[None],
         trajectories=indices,
     )

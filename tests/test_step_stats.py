@@ -1,0 +1,30 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Sums over microbatches and ranks, and the means that are reported."""
+
+from torchtitan.experiments.rl.unified.step_stats import StepStats
+
+
+def test_sums_add_up_and_become_means():
+    one = StepStats(6, 2, 1, 3, 1.5, 0.25)
+    total = one + StepStats(2, 2, 0, 0, 0.5, 0.25) + StepStats()
+    assert total.means() == {
+        "kl_generator_trainer": 0.5 / 8,
+        "clip_fraction": 3 / 8,
+        "entropy": 2 / 8,
+        "stale_tokens": 4.0,
+        "tis_truncated_fraction": 1 / 4,
+    }
+
+
+def test_the_reference_counts_once_some_rank_has_one():
+    # A rank that shares its tokens with another reports nothing.
+    total = StepStats() + StepStats(tokens=4, kl_reference=1.0) + StepStats(tokens=4, kl_reference=2.0)
+    assert total.means()["kl_reference"] == 3 / 8
+
+
+def test_nothing_is_not_a_division_by_zero():
+    assert set(StepStats().means().values()) == {0.0}
