@@ -36,3 +36,14 @@ def test_a_module_that_is_not_covered_is_named():
 def test_converters_are_refused():
     with pytest.raises(ValueError, match=r"\[model\] converters changes the arithmetic in the trainer alone"):
         check_arithmetic(load_job_config(["--model.converters", "float8"]))
+
+
+def test_a_vocabulary_that_vllm_pads_cannot_be_shared_by_a_compat_trainer(monkeypatch):
+    spec = policy_train_spec("qwen3")
+    odd = replace(spec, model_args={"tiny": replace(spec.model_args["tiny"], vocab_size=500)})
+    monkeypatch.setitem(train_spec._extra_train_specs, "odd", odd)
+    flags = ["--model.name", "odd", "--rl.mode", "vllm_compat"]
+    check_arithmetic(load_job_config(flags))
+    degrees = ["--parallelism.tensor_parallel_degree", "2", "--generator.tensor_parallel_degree", "2"]
+    with pytest.raises(ValueError, match="wants a vocabulary that is a multiple of 64, this has 500 tokens"):
+        check_arithmetic(load_job_config(flags + degrees))

@@ -110,8 +110,6 @@ def check_arithmetic(config: JobConfig) -> None:
             f"tensor_parallel_degree {degrees.tensor_parallel_degree} sum in different orders; make them equal, or set "
             '[parity] check = "off"'
         )
-    if config.rl.mode == "vllm_compat" and degrees.tensor_parallel_degree > 1:
-        raise ValueError('[rl] mode = "vllm_compat" has no tensor parallel trainer; use mode = "unified"')
     if config.model.converters or config.compile.enable:
         setting = "[model] converters" if config.model.converters else "[compile] enable"
         raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
@@ -123,7 +121,7 @@ def check_arithmetic(config: JobConfig) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":
-        to_compat(model)
+        to_compat(model, degrees.tensor_parallel_degree)
 
 
 def load_prompts(config: JobConfig) -> PromptDataset:

@@ -9,15 +9,24 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
-from torch.distributed.tensor import distribute_tensor, DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor import distribute_module, distribute_tensor, DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    parallelize_module,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+)
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import NoParallel, ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, StockAttention
-from torchtitan.experiments.rl.unified.model.compat import to_compat
+from torchtitan.experiments.rl.unified.model.compat import CompatRMSNorm, to_compat
 from torchtitan.models.llama3.infra.parallelize import apply_ddp
+
+# What selective activation checkpointing keeps: every second matrix product, and attention.
+_SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.unified.packed_attention.default}
 
 
 def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
@@ -32,13 +41,14 @@ def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config
         The same model, parallelized in place.
     """
     if job_config.rl.mode == "vllm_compat":
-        to_compat(model)
+        to_compat(model, job_config.parallelism.tensor_parallel_degree)
     attention = StockAttention if job_config.parity.check == "off" else PackedAttention
     replace_inner_attention(model, lambda name: attention())
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if job_config.activation_checkpoint.mode != "none":
-        apply_ac(model, job_config.activation_checkpoint, base_folder=job_config.job.dump_folder)
+        folder = job_config.job.dump_folder
+        apply_ac(model, job_config.activation_checkpoint, op_sac_save_list=_SAVED_OPS, base_folder=folder)
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         apply_fully_shard(model, parallel_dims.get_mesh(names), job_config)
@@ -84,6 +94,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: one-dimensional.
     """
     tied = model.output.weight is model.tok_embeddings.weight
+    # Each rank normalizes its own heads.
+    norm, heads_norm = NoParallel(), SequenceParallel(sequence_dim=2, use_local_output=True)
+    if isinstance(model.norm, CompatRMSNorm):
+        norm = heads_norm = ReplicatedWeights()
     parallelize_module(
         model,
         mesh,
@@ -91,7 +105,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             # Vocabulary-sharded on both ends, so that tied weights have one layout.
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
             "output": ColwiseParallel(output_layouts=Replicate()),
-            "norm": NoParallel(),
+            "norm": norm,
         },
     )
     if tied:  # Each module got a sharded weight of its own.
@@ -101,11 +115,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             block,
             mesh,
             {
-                "attention_norm": NoParallel(),
-                "ffn_norm": NoParallel(),
-                # Each rank normalizes its own heads.
-                "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-                "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+                "attention_norm": norm,
+                "ffn_norm": norm,
+                "attention.q_norm": heads_norm,
+                "attention.k_norm": heads_norm,
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),
@@ -115,6 +128,13 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
                 "feed_forward.w2": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
             },
         )
+
+
+class ReplicatedWeights(ParallelStyle):
+    """Weights become replicated DTensors; inputs and outputs stay the plain tensors that the module works on itself."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh)
 
 
 @torch.no_grad()

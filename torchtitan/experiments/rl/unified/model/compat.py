@@ -25,20 +25,21 @@ from torchtitan.models.qwen3.model.model import Attention, FeedForward, Qwen3Mod
 VOCAB_MULTIPLE = 64
 
 
-def to_compat(model: Qwen3Model) -> Qwen3Model:
+def to_compat(model: Qwen3Model, tensor_parallel_degree: int = 1) -> Qwen3Model:
     """Gives the modules of `model` vLLM's arithmetic, in place; parameters, names and the state dict stay.
 
     Call it before the model is parallelized. It may be on the meta device. Imports vLLM's kernels, not its engine.
 
     Args:
         model: TorchTitan's, with `attn_type` "varlen".
+        tensor_parallel_degree: ranks that will share it.
 
     Returns:
         The same model. Its forward takes `tokens` (1, T), `attention_masks` (VarlenMetadata) and `positions` (1, T)
         and returns logits (1, T, vocabulary), as before.
 
     Raises:
-        ValueError: `model` is not a dense Qwen3 with normalized queries and keys.
+        ValueError: `model` is not a dense Qwen3 with normalized queries and keys, or its vocabulary cannot be shared.
     """
     if type(model) is not Qwen3Model or model.model_args.moe_enabled or not model.model_args.qk_norm:
         raise ValueError(
@@ -49,6 +50,11 @@ def to_compat(model: Qwen3Model) -> Qwen3Model:
     for module in list(model.modules()):
         module.__class__ = _COMPAT.get(type(module), type(module))
     if model.vocab_size % VOCAB_MULTIPLE:
+        if tensor_parallel_degree > 1:
+            raise ValueError(
+                f'tensor parallelism in [rl] mode = "vllm_compat" wants a vocabulary that is a multiple of '
+                f'{VOCAB_MULTIPLE}, this has {model.vocab_size} tokens; use mode = "unified" or no tensor parallelism'
+            )
         model.output.__class__ = PaddedOutput
     return model
 
@@ -121,11 +127,6 @@ class PaddedOutput(nn.Linear):
 
     def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary)."""
-        if isinstance(self.weight, DTensor):
-            raise ValueError(
-                f'tensor parallelism in [rl] mode = "vllm_compat" wants a vocabulary that is a multiple of '
-                f'{VOCAB_MULTIPLE}, this has {self.out_features} tokens; use mode = "unified" or no tensor parallelism'
-            )
         padding = -self.out_features % VOCAB_MULTIPLE
         return F.linear(hidden_TC, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
 
