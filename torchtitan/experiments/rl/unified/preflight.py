@@ -6,12 +6,14 @@
 """What can be known to be wrong with a job before a process is spawned."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
 import torch
 from torchtitan.experiments.rl.unified.batch_invariant import check_supported
 from torchtitan.experiments.rl.unified.batch_invariant.attention import check_attention
+from torchtitan.experiments.rl.unified.checkpoint import check_model, find_start
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.loss import policy_loss
 from torchtitan.experiments.rl.unified.model.compat import to_compat
@@ -19,6 +21,8 @@ from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 from torchtitan.experiments.rl.unified.model.spec import check_checkpoint_fits
 from torchtitan.experiments.rl.unified.rollout.datasets import PromptDataset
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_ranks(config: JobConfig) -> int:
@@ -52,6 +56,40 @@ def check_checkpoint(config: JobConfig) -> None:
             f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
             "updated in place cannot be; download the unquantised checkpoint"
         )
+    if config.checkpoint.enable:
+        check_resume(config)
+
+
+def check_resume(config: JobConfig) -> None:
+    """`[checkpoint]` can work here, and what the job would go on from is a checkpoint of its model.
+
+    Raises:
+        ValueError: says which setting to change, or what differs.
+    """
+    settings = config.checkpoint
+    if settings.async_mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
+        raise ValueError('[checkpoint] async_mode "async_with_pinned_mem" needs an accelerator; here use "async"')
+    if settings.keep_latest_k == 1:
+        raise ValueError("[checkpoint] keep_latest_k 1 would leave none while one is written; use 2 or more, or 0: all")
+    if settings.interval < 1:
+        raise ValueError(f"[checkpoint] interval {settings.interval}: it is a number of steps, at least 1")
+    if settings.last_save_in_hf and not settings.last_save_model_only:
+        raise ValueError("[checkpoint] last_save_in_hf holds weights alone: set last_save_model_only = true too")
+    start = find_start(config)
+    for note in start.notes:
+        logger.warning(note)
+    path = start.saved.path if start.saved else settings.initial_load_path
+    if path is None:
+        return
+    if not Path(path).is_dir():
+        raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
+    spec = policy_train_spec(config.model.name)
+    args = spec.model_args[config.model.flavor]
+    if not (Path(path) / ".metadata").exists():
+        check_checkpoint_fits(Path(path) / "config.json", args)
+        return
+    with torch.device("meta"):
+        check_model(Path(path), spec.model_cls(args))
 
 
 def check_batch(config: JobConfig) -> None:

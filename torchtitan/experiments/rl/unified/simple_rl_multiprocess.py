@@ -13,9 +13,10 @@ Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and
 import asyncio
 import logging
 import sys
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, ExitStack
 from typing import Any
 
+from torchtitan.experiments.rl.unified.checkpoint import CheckpointError, find_start
 from torchtitan.experiments.rl.unified.infra.process import (
     honour_environment,
     ProcessLost,
@@ -62,32 +63,40 @@ async def train(config: JobConfig, meshes, queue, task, record) -> None:
     """
     from torchtitan.experiments.rl.unified.metrics import timed
 
-    await queue.publish(await meshes.trainer.send_weights())
+    sync: dict[str, float] = {}
+    with timed(sync, "sync"):
+        await queue.publish(await meshes.trainer.send_weights())
     for _ in range(queue.first, config.training.steps):
-        with record.step() as step:
+        with ExitStack() as stack:
+            step = stack.enter_context(record.step())
             with timed(step.phases, "wait"):
                 batch = await queue.get()
             with timed(step.phases, "reward"):
                 scored = await asyncio.to_thread(task.score, batch.trajectories)
-            with timed(step.phases, "train"):
-                results = await _uninterrupted(
-                    _step_and_save(meshes, queue, task, batch, scored, config.training.steps)
-                )
-            with timed(step.phases, "sync"):
-                await queue.taken()
-                await queue.publish(await meshes.trainer.send_weights())
-            step.phases.update(batch.seconds)
-            step.finish(batch.trajectories, scored, results)
+            step.phases.update(batch.seconds | sync)
+            recording = stack.pop_all()
+        await _uninterrupted(_take_step(config, meshes, queue, task, recording, step, batch, scored))
+        sync.clear()
+        with timed(sync, "sync"):
+            await queue.taken()
+            await queue.publish(await meshes.trainer.send_weights())
     await queue.taken()
 
 
-async def _step_and_save(meshes, queue, task, batch, scored, steps: int) -> list[Any]:
-    results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+async def _take_step(
+    config: JobConfig, meshes, queue, task, recording: AbstractContextManager, step, batch, scored
+) -> None:
+    """One step, its record, and then its checkpoint: what is started again drops lines of the record, but adds none."""
+    from torchtitan.experiments.rl.unified.metrics import timed
+
+    with recording:
+        with timed(step.phases, "train"):
+            results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+        step.finish(batch.trajectories, scored, results)
     if results[0].checkpoint_due:
-        waiting = await queue.settled(results[0].step, steps)
+        waiting = await queue.settled(results[0].step, config.training.steps)
         batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
         await meshes.trainer.save({"task": task.state_dict(), "batches": batches})
-    return results
 
 
 async def _uninterrupted(work) -> Any:
@@ -131,6 +140,8 @@ async def run(config: JobConfig) -> str:
     from torchtitan.experiments.rl.unified.rollout.task import Task
 
     with closing(Task(config)) as task:
+        if find_start(config).finished:
+            return f"no step was taken: {config.job.dump_folder} stands at its last step"
         # Monarch starts threads at import: only a job that can run gets that far.
         watch_processes()
         from torchtitan.experiments.rl.unified.actors.hosts import check_cluster
@@ -157,7 +168,7 @@ def main(args: list[str]) -> int:
         config = load_job_config(args)
         honour_environment(config)
         print(asyncio.run(run(config)))
-    except (ValueError, ParityError, NonFiniteError, ProcessLost, WeightTransferError) as error:
+    except (ValueError, CheckpointError, NonFiniteError, ParityError, ProcessLost, WeightTransferError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

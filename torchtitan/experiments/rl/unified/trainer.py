@@ -9,17 +9,28 @@ import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import MODEL
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
+from torchtitan.experiments.rl.unified.checkpoint import (
+    checkpoint_folder,
+    CheckpointError,
+    complete_export,
+    find_start,
+    prepare_folder,
+    save_error,
+    Start,
+)
 from torchtitan.experiments.rl.unified.infra.parallelize import parallelize_policy
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.logprobs import sampling_entropy, sampling_logprobs
@@ -83,9 +94,8 @@ class RLTrainer(Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
         job_config.model.name = _register_policy(job_config.model.name)
-        # The first weights are the checkpoint's in Hugging Face layout; without [checkpoint] enable nothing is saved.
-        job_config.checkpoint.initial_load_in_hf = True
-        if not job_config.checkpoint.enable:
+        self.resumes = job_config.checkpoint.enable
+        if not job_config.checkpoint.enable:  # The first weights come through the checkpointer; it saves nothing.
             job_config.checkpoint.enable = job_config.checkpoint.load_only = True
         super().__init__(job_config)
         # Mixed precision must cast the same tensors in trainer and generator; autocast would choose op by op.
@@ -94,6 +104,7 @@ class RLTrainer(Trainer):
         self.reference: ReferencePolicy | None = None
         self.parity, self.stats = ParityReport(), StepStats()
         self.task_state: dict[str, Any] = {}
+        self._writing_step = 0
         self._trajectories: list[Trajectory] = []
         self._advantages = torch.empty(0)
         self._losses: list[torch.Tensor] = []
@@ -102,14 +113,39 @@ class RLTrainer(Trainer):
         self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
 
     def load(self) -> None:
-        """Loads the run's newest checkpoint, or the weights that training starts from; and the reference policy."""
+        """Loads the run's newest whole checkpoint, or the weights that training starts from; and the reference policy.
+
+        Raises:
+            ValueError: there are checkpoints, and none to go on from.
+            CheckpointError: what was found cannot be read.
+        """
         if self.job_config.policy_loss.kl_weight:
             # Always from the initial weights: a checkpoint of the run holds weights that have moved.
             initial = self.job_config.checkpoint.initial_load_path or self.job_config.model.hf_assets_path
             weights = self.checkpointer.states[MODEL].state_dict()
             self.checkpointer.dcp_load(weights, initial, from_hf=True, from_quantized=False)
             self.reference = ReferencePolicy(self.model_parts[0])
-        self.checkpointer.load(step=self.job_config.checkpoint.load_step)
+        start = self._start()
+        config = self.job_config.checkpoint
+        # CheckpointManager.load starts from random weights where its folder exists and holds nothing whole.
+        model_only, in_hf = False, False
+        if start.saved:
+            path = str(start.saved.path)
+        else:
+            path = config.initial_load_path or self.job_config.model.hf_assets_path
+            in_hf = not (Path(path) / ".metadata").exists()
+            model_only = in_hf or config.initial_load_model_only
+        states = self.checkpointer._states_to_load(model_only)
+        try:
+            self.checkpointer.dcp_load(states, checkpoint_id=path, from_hf=in_hf, from_quantized=False)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"{path} could not be loaded: {type(cause).__name__}: {cause}") from error
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is still being written, and ends upstream's threads."""
+        self._finish_writing()
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         """Upstream's train state, and where the task stood after the step."""
@@ -150,13 +186,23 @@ class RLTrainer(Trainer):
         return StepResult(self.step, parity=parity, stats=stats, checkpoint_due=due, **self.metrics_processor.last)
 
     def save(self, task_state: dict[str, Any]) -> None:
-        """Saves the checkpoint of this step.
+        """Saves the checkpoint of this step. Call it once the step is on record.
 
         Args:
             task_state: what the controller needs to go on after this step, JSON-able.
+
+        Raises:
+            CheckpointError: this one, or the one before, which was still being written, could not be saved.
         """
         self.task_state = task_state
-        self.checkpointer.save(self.step, last_step=self._at_last_step())
+        config, last_step = self.job_config.checkpoint, self._at_last_step()
+        self._finish_writing()
+        with self._naming_failures(self.step):
+            self.checkpointer.save(self.step, last_step)
+            self._writing_step = self.step
+            if last_step and config.last_save_in_hf and torch.distributed.get_rank() == 0:
+                export = checkpoint_folder(self.job_config) / f"step-{self.step}"
+                complete_export(export, self.job_config.model.hf_assets_path, config.export_dtype)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
@@ -250,6 +296,34 @@ class RLTrainer(Trainer):
 
     def _at_last_step(self) -> bool:
         return self.step == self.job_config.training.steps
+
+    def _start(self) -> Start:
+        """Rank 0's answer on every rank; it also clears the folder of what this run will write again."""
+        answer: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                answer = [find_start(self.job_config) if self.resumes else Start()]
+                if self.resumes:
+                    prepare_folder(self.job_config, answer[0])
+            except (ValueError, OSError) as error:
+                answer = [error]
+        torch.distributed.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
+
+    def _finish_writing(self) -> None:
+        if self.checkpointer.save_future is not None:
+            with self._naming_failures(self._writing_step):
+                self.checkpointer.save_future.result()
+
+    @contextlib.contextmanager
+    def _naming_failures(self, step: int) -> Iterator[None]:
+        """CheckpointError for what goes wrong while `step` is saved; DCP's own derives from BaseException alone."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise save_error(error, step, checkpoint_folder(self.job_config)) from error
 
     def _data_rank(self) -> tuple[int, int]:
         if not self.parallel_dims.dp_enabled:
