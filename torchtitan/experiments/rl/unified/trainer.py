@@ -18,7 +18,6 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import MODEL
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
@@ -113,34 +112,23 @@ class RLTrainer(Trainer):
         self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
 
     def load(self) -> None:
-        """Loads the run's newest whole checkpoint, or the weights that training starts from; and the reference policy.
+        """Loads the newest whole checkpoint of the run, or the weights that training starts from; and the reference.
 
         Raises:
             ValueError: there are checkpoints, and none to go on from.
             CheckpointError: what was found cannot be read.
         """
+        start, config = self._start(), self.job_config.checkpoint
+        initial = config.initial_load_path or self.job_config.model.hf_assets_path
         if self.job_config.policy_loss.kl_weight:
             # Always from the initial weights: a checkpoint of the run holds weights that have moved.
-            initial = self.job_config.checkpoint.initial_load_path or self.job_config.model.hf_assets_path
-            weights = self.checkpointer.states[MODEL].state_dict()
-            self.checkpointer.dcp_load(weights, initial, from_hf=True, from_quantized=False)
+            self._load_from(initial, model_only=True)
             self.reference = ReferencePolicy(self.model_parts[0])
-        start = self._start()
-        config = self.job_config.checkpoint
         # CheckpointManager.load starts from random weights where its folder exists and holds nothing whole.
-        model_only, in_hf = False, False
         if start.saved:
-            path = str(start.saved.path)
+            self._load_from(str(start.saved.path), model_only=False)
         else:
-            path = config.initial_load_path or self.job_config.model.hf_assets_path
-            in_hf = not (Path(path) / ".metadata").exists()
-            model_only = in_hf or config.initial_load_model_only
-        states = self.checkpointer._states_to_load(model_only)
-        try:
-            self.checkpointer.dcp_load(states, checkpoint_id=path, from_hf=in_hf, from_quantized=False)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{path} could not be loaded: {type(cause).__name__}: {cause}") from error
+            self._load_from(initial, config.initial_load_model_only)
 
     def close(self) -> None:
         """Waits for a checkpoint that is still being written, and ends upstream's threads."""
@@ -296,6 +284,15 @@ class RLTrainer(Trainer):
 
     def _at_last_step(self) -> bool:
         return self.step == self.job_config.training.steps
+
+    def _load_from(self, path: str, model_only: bool) -> None:
+        in_hf = not (Path(path) / ".metadata").exists()
+        states = self.checkpointer._states_to_load(model_only or in_hf)
+        try:
+            self.checkpointer.dcp_load(states, checkpoint_id=path, from_hf=in_hf, from_quantized=False)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"{path} could not be loaded: {type(cause).__name__}: {cause}") from error
 
     def _start(self) -> Start:
         """Rank 0's answer on every rank; it also clears the folder of what this run will write again."""
