@@ -159,6 +159,10 @@ EQUAL = [
     ("#### 10^30", "1" + "0" * 30),
     ("\\boxed{\\{2,1\\}}", "\\{1,2\\}"),
     ("The final answer is $\\frac{6}{3}$.", "2"),
+    ("\\boxed{x = 2^3}", "8"),
+    ("\\boxed{\\frac{x}{2}+1}", "(x+2)/2"),
+    ("\\boxed{(-1,2)\\cup(3,4)}", "(-1,2)\\cup(3,4)"),
+    ("\\boxed{5^2+3^2+1}", "35"),
 ]
 UNEQUAL = [
     ("#### 19", "18"),
@@ -218,6 +222,13 @@ def test_math_verify_does_not_credit_an_expression_that_was_cut_off():
         "x+y+z",
         "1+" * 40 + "1",
         "9" * 41,
+        "1+2+3+4+5+6+7+8+9",
+        "\\sqrt{2}+\\sqrt{3}+\\sqrt{5}",
+        "\\sqrt{x}",
+        "\\frac{1}{x}",
+        "\\{1,\\{2\\}\\}",
+        "[(2)(3),7)",
+        "\\frac{" * 1000,
     ],
 )
 def test_math_verify_is_never_given_what_it_may_not_finish(expression):

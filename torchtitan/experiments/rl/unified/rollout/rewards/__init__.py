@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torchtitan.experiments.rl.unified.rollout.answers import reference_values
 from torchtitan.experiments.rl.unified.rollout.rewards.base import Reward, RewardError, RewardInput
 from torchtitan.experiments.rl.unified.rollout.rewards.builtin import format_reward, gsm8k, soft_overlong
-from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import math_verify
+from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import math_verify, warm_up
 from torchtitan.experiments.rl.unified.rollout.rewards.user import UserReward
 
 __all__ = ["Reward", "RewardError", "RewardInput", "RewardResult", "Rewards", "REWARDS"]
@@ -65,6 +65,8 @@ class Rewards:
                 raise ValueError(f"[reward.weights] {name!r} = {weight!r}: a weight must be a finite number")
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self._rewards = {name: _find(name, timeout_seconds) for name in weights}
+        if "math_verify" in weights:
+            warm_up()
 
     def check_answers(self, answers: Iterable[str]) -> None:
         """Raises ValueError for the first reference answer that no completion could match, naming its row (from 0)."""

@@ -6,8 +6,9 @@
 r"""Equal values in other forms, judged by the math-verify library, in bounded time and from any thread.
 
 math-verify bounds its time with SIGALRM, which exists on the main thread alone, and a time limit would let a machine's
-load decide a reward. So its limits are off, and what reaches it is bounded instead: short expressions of known LaTeX
-commands, without towers of powers, factorials, sums or integrals. Others are worth 0.
+load decide a reward. So its limits are off, and what reaches it is bounded instead: few numbers, symbols and known
+LaTeX commands, without towers of powers, factorials, sums or integrals; symbols in polynomials alone; sets, intervals
+and relations of plain numbers. Others are worth 0.
 """
 
 import contextlib
@@ -32,12 +33,36 @@ MAX_DIGITS = 40
 MAX_EXPONENTS = 10_000
 MAX_SYMBOLIC_EXPONENTS = 6
 MAX_SYMBOLS = 2
+# Numbers, symbols and commands: sympy's work grows with them, with symbols or in a collection several times as fast.
+MAX_ATOMS = 8
+MAX_ATOMS_OF_BOTH = 10
+MAX_SYMBOLIC_ATOMS = 6
+MAX_ROOTS = 2
 
 _COMMANDS = frozenset("cdot dfrac div frac infty left pi pm right sqrt tfrac times ge geq le leq cup".split())
+_ATOM = re.compile(r"\\(?!left|right|cdot|times|div)[a-zA-Z]+|\d+(?:\.\d+)?|[a-zA-Z]")
+_COLLECTION = re.compile(r"[\[\],=<>;]|\\\{|\\(?:[gl]eq?|cup|pm|infty)(?![a-zA-Z])")
+# Without brackets around a single number: those are for multiplication.
+_OF_NUMBERS = re.compile(
+    r"(?!.*\([^,()]*\))(?:[-+/\d.,;=<>()\[\]{}\s]|\\[{}]|\\(?:left|right|[gl]eq?|cup|pm|infty)(?![a-zA-Z])|[a-zA-Z])*"
+)
+_DIVISION_BY_A_NUMBER = re.compile(r"/\s*\d|frac\s*\{[^{}]*\}\s*\{\s*\d+\s*\}")
+_ASSIGNMENT = re.compile(r"^[a-zA-Z]\s*=\s*")
 _PLAIN = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\s*(?=\{)|\\[!,;: ]|\\?\$|\*\*(?!\s*\d)|[`.]+$")
 _UNIT = re.compile(r"(?<=[\d)}\s])\s*\{?\s*[a-zA-Z]{3,}[a-zA-Z .}]*$")
 _EXPONENT = re.compile(r"(?:\^|\*\*)\s*\{?\s*\(?\s*(-?\d{1,4}(?:/\d{1,2})?)\s*(\)?\s*\}?)(?!\s*[\d^*])")
+_WARM_UP = [
+    ("2^3+4*5-6/2", "25"),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("x+1", "2(x-1)/3"),
+    ("\\{2,1\\}", "\\{1,3\\}"),
+    ("[0,1)", "(0,1]"),
+    ("x<2", "x\\le 2"),
+    ("20%", "0.2"),
+    ("\\pi-3.14", "(5\\pi)\\cdot 2"),
+]
 # sympy's caches and math-verify's parser are shared by all threads.
 _LOCK = threading.Lock()
 
@@ -55,20 +80,29 @@ def math_verify(sample: RewardInput) -> float:
     if sample.truncated and not complete:
         return 0.0
     expected, _ = _expression(sample.answer)
+    if "=" not in expected:
+        given = _ASSIGNMENT.sub("", given)
     if _PLAIN.fullmatch(given) and _PLAIN.fullmatch(expected):
         return float(Fraction(given) == Fraction(expected))
-    return float(is_bounded(given) and is_bounded(expected) and _equal(given, expected))
+    alike = _symbols(given) == _symbols(expected) and bool(_COLLECTION.search(given)) == bool(
+        _COLLECTION.search(expected)
+    )
+    few = len(_ATOM.findall(given)) + len(_ATOM.findall(expected)) <= MAX_ATOMS_OF_BOTH
+    return float(alike and few and is_bounded(given) and is_bounded(expected) and _equal(given, expected))
 
 
 def is_bounded(expression: str) -> bool:
-    """Whether math-verify is sure to be done with `expression` in a second or so (typically 50 ms)."""
+    """Whether math-verify is done with `expression`, beside another such, in less than 50 ms."""
     if not expression or len(expression) > MAX_CHARS or not expression.isascii():
         return False
     commands = set(re.findall(r"\\([a-zA-Z]+)", expression))
     bare = re.sub(r"\\[a-zA-Z]+", " ", expression)
+    symbols = _symbols(expression)
     powers = _EXPONENT.findall(expression)
-    symbols = set(re.findall(r"[a-zA-Z]", bare))
-    symbolic = symbols or commands & {"sqrt", "pi"} or "/" in "".join(power for power, _ in powers)
+    collection = _COLLECTION.search(expression)
+    roots = expression.count("sqrt") + sum("/" in power for power, _ in powers)
+    symbolic = symbols or roots or "pi" in commands
+    divisions = expression.count("/") + expression.count("frac")
     exponents = [abs(int(part)) for power, _ in powers for part in power.split("/")]
     return (
         commands <= _COMMANDS
@@ -76,9 +110,17 @@ def is_bounded(expression: str) -> bool:
         and len(powers) == expression.count("^") + expression.count("**")
         and _depth(expression) <= MAX_DEPTH
         and len(symbols) <= MAX_SYMBOLS
+        and len(_ATOM.findall(expression)) <= (MAX_SYMBOLIC_ATOMS if symbols or collection else MAX_ATOMS)
+        and roots <= (0 if symbols else MAX_ROOTS)
+        and not (symbols and divisions != len(_DIVISION_BY_A_NUMBER.findall(expression)))
+        and not (collection and (not _OF_NUMBERS.fullmatch(expression) or _depth(expression) > 1))
         and math.prod(max(exponent, 1) for exponent in exponents) <= MAX_EXPONENTS
         and (not symbolic or sum(exponents) <= MAX_SYMBOLIC_EXPONENTS)
     )
+
+
+def _symbols(expression: str) -> set[str]:
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", expression)))
 
 
 def _depth(expression: str) -> int:
@@ -99,8 +141,25 @@ def _equal(given: str, expected: str) -> bool:
 
     with _LOCK, _quiet(logging.getLogger("math_verify")):
         pair = [parse(f"${text}$", parsing_timeout=None) for text in (expected, given)]
+        if "%" not in given + expected and _far_apart(*pair):
+            return False
         # A form that could not be parsed is left as its string, which equals nothing but itself.
         return bool(verify(*pair, timeout_seconds=None))
+
+
+def warm_up() -> None:
+    """Lets sympy and the parser load what they load at the first expressions of a kind, a second or two in all."""
+    for given, expected in _WARM_UP:
+        _equal(given, expected)
+
+
+def _far_apart(expected: list, given: list) -> bool:
+    """Whether two parsed numbers differ so much that nothing needs to be simplified to see it."""
+    try:
+        one, other = (complex(parsed[0]) for parsed in (expected, given))
+    except (IndexError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return False
+    return abs(one - other) > 0.01 * max(abs(one), abs(other))
 
 
 @contextlib.contextmanager
