@@ -235,6 +235,28 @@ def test_a_batch_that_cannot_be_written_does_not_hide_the_cause(build, tmp_path)
         trainer.step_on(sample(trainer), ADVANTAGES * math.nan)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+def test_a_masked_completion_is_compared_and_gives_neither_gradient_nor_tokens_to_the_mean(build, name):
+    flags = ["--policy_loss.name", name, "--rl.microbatch_tokens", "40"]
+    masking, training = build(*flags, "--rl.truncated_completions", "mask"), build(*flags)
+    whole = sample(training)
+    cut_off = [dataclasses.replace(t, finish_reason="length") if i in (2, 5) else t for i, t in enumerate(whole)]
+    kept = [i for i in range(COUNT) if i not in (2, 5)]
+    result = masking.step_on(cut_off, ADVANTAGES)
+    expected = training.step_on([whole[i] for i in kept], ADVANTAGES[kept])
+    # dr_grpo divides by the number of completions, those cut off included.
+    share = len(kept) / COUNT if name == "dr_grpo" else 1
+    assert result.loss == pytest.approx(expected.loss * share, rel=1e-5)
+    assert result.grad_norm == pytest.approx(expected.grad_norm * share, rel=1e-5)
+    assert result.parity.tokens_compared == sum(len(t.completion_ids) for t in whole)
+
+
+def test_a_batch_of_masked_completions_changes_nothing(build):
+    trainer = build("--rl.truncated_completions", "mask")
+    result = trainer.step_on([dataclasses.replace(t, finish_reason="length") for t in sample(trainer)], ADVANTAGES)
+    assert (result.loss, result.grad_norm) == (0, 0)
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_changes_no_bit(build, mode):
     plain, lean = build(), build("--activation_checkpoint.mode", mode)

@@ -54,7 +54,7 @@ class Generator:
         """Samples one completion for each request, in the requests' order."""
         from vllm import SamplingParams, TokensPrompt
 
-        sampling = self.config.sampling
+        settings = [request.sampling or self.config.sampling for request in requests]
         outputs = self.engine.generate(
             [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
             [
@@ -63,10 +63,11 @@ class Generator:
                     top_p=sampling.top_p,
                     top_k=sampling.top_k,
                     max_tokens=sampling.max_tokens,
+                    stop=sampling.stop,
                     seed=request.seed,
                     logprobs=0,
                 )
-                for request in requests
+                for request, sampling in zip(requests, settings, strict=True)
             ],
             use_tqdm=False,
         )
@@ -163,6 +164,7 @@ def build_engine(
         enforce_eager=True,
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{PolicyWorker.__module__}.{PolicyWorker.__qualname__}",
+        # No sampling defaults of the checkpoint's generation_config.json; each of its EOS ids ends a completion still.
         generation_config="vllm",
         use_tqdm_on_load=False,
         **engine_args,

@@ -40,6 +40,10 @@ class RL:
     microbatch_tokens: int = 4096
     """Token budget of one packed microbatch (training.seq_len bounds one sequence, this bounds a batch of them)"""
 
+    truncated_completions: Literal["train", "mask", "zero_reward"] = "train"
+    """What to do with completions cut off at sampling.max_tokens: train on them like on others, keep their tokens out
+    of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0"""
+
     log_samples: int = 4
     """Completions a step written to samples.jsonl"""
 
@@ -55,6 +59,12 @@ class Data:
     overlong_prompts: Literal["drop", "error"] = "error"
     """What to do with a prompt that leaves no room for sampling.max_tokens: drop and count it, or stop"""
 
+    system_prompt: str = ""
+    """System message before each question; empty: none"""
+
+    template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """More arguments of the tokenizer's chat template, such as Qwen3's enable_thinking"""
+
 
 @dataclass
 class Sampling:
@@ -69,6 +79,38 @@ class Sampling:
 
     max_tokens: int = 64
     """Longest completion in tokens, EOS included"""
+
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, beside every EOS of generation_config.json. Its text ends before them; the tokens
+    they were sampled in belong to it, for the loss too"""
+
+
+@dataclass
+class Evaluation:
+    interval: int = 0
+    """Steps between evaluations on held-out problems; one before the first step and one after the last come with them.
+    0: no evaluation"""
+
+    problems: int = 0
+    """Problems of an evaluation, always the same; 0: all there are"""
+
+    samples: int = 1
+    """Completions of each problem"""
+
+    k: list[int] = field(default_factory=lambda: [1])
+    """pass@k is estimated for each of these, none above samples (arXiv:2107.03374)"""
+
+    temperature: float = 0.0
+    """Of the completions; 0 takes the likeliest token. What else [sampling] says holds here too"""
+
+    seed: int = 0
+    """Of the choice of problems and of the completions; apart from the training's"""
+
+    reward: str = "gsm8k"
+    """A completion passes if this reward, named as in [reward.weights], is at least 1"""
+
+    dataset_path: str | None = None
+    """Held-out rows, in place of split "test" of [training] dataset"""
 
 
 @dataclass
@@ -202,6 +244,7 @@ class JobConfig(TitanJobConfig):
     rl: RL = field(default_factory=RL)
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     generator: Generator = field(default_factory=Generator)
     trainer: Trainer = field(default_factory=Trainer)
     trajectory_queue: TrajectoryQueue = field(default_factory=TrajectoryQueue)
@@ -233,6 +276,8 @@ def load_job_config(args: list[str]) -> JobConfig:
     config.model.hf_assets_path = resolve_path(config.model.hf_assets_path)
     if config.training.dataset_path is not None:
         config.training.dataset_path = resolve_path(config.training.dataset_path)
+    if config.evaluation.dataset_path is not None:
+        config.evaluation.dataset_path = resolve_path(config.evaluation.dataset_path)
     return config
 
 

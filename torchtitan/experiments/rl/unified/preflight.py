@@ -162,8 +162,57 @@ def check_arithmetic(config: JobConfig) -> None:
         to_compat(model, degrees.tensor_parallel_degree)
 
 
-def load_prompts(config: JobConfig) -> PromptDataset:
+def check_sampling(config: JobConfig) -> None:
+    """The sampling settings mean the same to the engine and to the trainer.
+
+    Raises:
+        ValueError: names the setting and its range.
+    """
+    sampling = config.sampling
+    _check_temperature("[sampling]", sampling.temperature)
+    if sampling.max_tokens < 1:
+        raise ValueError(f"[sampling] max_tokens = {sampling.max_tokens}: a completion has at least 1 token")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"[sampling] top_p = {sampling.top_p}: it must be above 0 and at most 1, which is off")
+    if sampling.top_k < 0:
+        raise ValueError(f"[sampling] top_k = {sampling.top_k}: it must not be negative; 0 is off")
+    if "" in sampling.stop:
+        raise ValueError("[sampling] stop has an empty string, which every completion would end at: leave it out")
+
+
+def check_evaluation(config: JobConfig) -> None:
+    """Held-out problems are to be had, and the settings of their evaluation fit each other.
+
+    Raises:
+        ValueError: says which setting to change.
+    """
+    evaluation, training = config.evaluation, config.training
+    _check_temperature("[evaluation]", evaluation.temperature)
+    if evaluation.interval < 0 or evaluation.problems < 0:
+        raise ValueError("[evaluation] interval and problems must not be negative")
+    if not evaluation.k or not all(1 <= k <= evaluation.samples for k in evaluation.k):
+        raise ValueError(
+            f"[evaluation] k = {evaluation.k} with samples = {evaluation.samples}: pass@k takes at least k samples "
+            "of each problem, and k at least 1"
+        )
+    if evaluation.samples > 1 and not evaluation.temperature:
+        raise ValueError(
+            f"[evaluation] samples = {evaluation.samples} at temperature 0 would all be the same; raise the "
+            "temperature or take 1 sample"
+        )
+    if training.dataset_path and Path(training.dataset_path).is_file() and evaluation.dataset_path is None:
+        raise ValueError(
+            f"[evaluation] has no problems of its own: the file {training.dataset_path} is what the job trains on; "
+            "give held-out rows in [evaluation] dataset_path, or set [evaluation] interval = 0"
+        )
+
+
+def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
     """The job's prompts, checked to leave room for a completion.
+
+    Args:
+        config: the job.
+        held_out: the problems to evaluate on, in an order of their own.
 
     Raises:
         ValueError: for a dataset, tokenizer or context length that cannot work.
@@ -179,13 +228,20 @@ def load_prompts(config: JobConfig) -> PromptDataset:
     try:
         return PromptDataset(
             config.training.dataset,
-            config.training.dataset_path,
+            (
+                config.evaluation.dataset_path or config.training.dataset_path
+                if held_out
+                else config.training.dataset_path
+            ),
             AutoTokenizer.from_pretrained(config.model.hf_assets_path),
-            seed=config.debug.seed,
+            seed=config.evaluation.seed if held_out else config.debug.seed,
+            split="test" if held_out else "train",
             question_column=config.data.question_column,
             answer_column=config.data.answer_column,
             max_prompt_tokens=room,
             long_prompts=config.data.overlong_prompts,
+            system_prompt=config.data.system_prompt,
+            template_kwargs=config.data.template_kwargs,
         )
     except ValueError as error:
         if "longer than" in str(error):
@@ -199,3 +255,9 @@ def load_prompts(config: JobConfig) -> PromptDataset:
 def load_rewards(config: JobConfig) -> Rewards:
     """The job's rewards; ValueError for one that does not exist."""
     return Rewards(config.reward.weights, timeout_seconds=config.reward.timeout_seconds)
+
+
+def _check_temperature(section: str, temperature: float) -> None:
+    # vLLM raises anything between to 0.01, which would be another distribution than the trainer's.
+    if not (temperature == 0 or 0.01 <= temperature < math.inf):
+        raise ValueError(f"{section} temperature = {temperature}: it must be 0 (the likeliest token) or at least 0.01")

@@ -195,7 +195,10 @@ class RLTrainer(Trainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
     ) -> torch.Tensor:
-        """Adds one microbatch's gradient; returns its loss sum over the step's tokens (upstream's contract)."""
+        """Adds one microbatch's gradient; returns its loss sum over the step's tokens (upstream's contract).
+
+        Their number is counted from the trajectories: upstream's count has the masked ones too.
+        """
         microbatch, config = Microbatch(**input_dict, labels=labels), self.job_config.policy_loss
         logits = self._sampled_logits(microbatch)
         logprobs_N = self._sampling_logprobs(logits, microbatch)
@@ -213,10 +216,9 @@ class RLTrainer(Trainer):
             kl_N = kl_k3(logprobs_N, microbatch.reference_logprobs)
             kl_reference = float(kl_N.detach().sum())
             loss_N = loss_N + config.kl_weight * kl_N
-        divisor = global_valid_tokens
-        if self.policy_loss.normalization == "constant":
-            divisor = len(self._trajectories) * self.job_config.sampling.max_tokens
-        loss = (loss_N * weight_N).sum() / divisor
+        trained = torch.tensor([self._is_trained(self._trajectories[i]) for i in microbatch.trajectories])
+        trained_T = trained.to(loss_N.device).repeat_interleave(microbatch.cu_seqlens.diff())
+        loss = (loss_N * weight_N)[microbatch.sampled(trained_T[None])].sum() / self._loss_tokens()
 
         self.stats += StepStats(
             tokens=len(now_N),
@@ -281,6 +283,16 @@ class RLTrainer(Trainer):
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         off = self.job_config.parity.check == "off"
         return contextlib.nullcontext() if off else batch_invariant_mode()
+
+    def _is_trained(self, trajectory: Trajectory) -> bool:
+        """Whether the loss has the trajectory's tokens, and its token count too."""
+        return not (trajectory.truncated and self.job_config.rl.truncated_completions == "mask")
+
+    def _loss_tokens(self) -> int:
+        """What the step's loss is divided by."""
+        if self.policy_loss.normalization == "constant":
+            return len(self._trajectories) * self.job_config.sampling.max_tokens
+        return max(1, sum(len(t.completion_ids) for t in self._trajectories if self._is_trained(t)))
 
     def _at_last_step(self) -> bool:
         return self.step == self.job_config.training.steps

@@ -5,7 +5,7 @@
 
 """What the policy is asked and how its answers are judged: prompts, seeds, rewards, advantages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Task:
         self.config = config
         preflight.check_checkpoint(config)
         preflight.check_batch(config)
+        preflight.check_sampling(config)
         preflight.check_arithmetic(config)
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
         self.rewards = preflight.load_rewards(config)
@@ -72,19 +73,9 @@ class Task:
     def score(self, trajectories: list[Trajectory]) -> Scored:
         """Rewards and advantages of the completions of one step's requests, in their order."""
         asked = [self._prompts[trajectory.request.row] for trajectory in trajectories]
-        rewards = self.rewards.score(
-            [
-                RewardInput(
-                    prompt=prompt.text,
-                    completion=trajectory.text,
-                    answer=prompt.answer,
-                    completion_tokens=len(trajectory.completion_ids),
-                    truncated=trajectory.truncated,
-                    max_completion_tokens=self.config.sampling.max_tokens,
-                )
-                for prompt, trajectory in zip(asked, trajectories, strict=True)
-            ]
-        )
+        rewards = self.rewards.score(reward_inputs(asked, trajectories, self.config.sampling.max_tokens))
+        if self.config.rl.truncated_completions == "zero_reward":
+            rewards = [replace(r, total=0.0) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
         return Scored(rewards, self.estimate(rewards_PG).flatten())
 
@@ -92,3 +83,18 @@ class Task:
         uid = f"epoch {prompt.epoch} row {prompt.row}"
         seed = completion_seed(self.config.debug.seed, uid, sample)
         return Request(uid, sample, list(prompt.prompt_ids), seed, prompt.row)
+
+
+def reward_inputs(prompts: list[Prompt], trajectories: list[Trajectory], max_tokens: int) -> list[RewardInput]:
+    """What rewards see of each trajectory and the prompt that it answers; `max_tokens` was its limit."""
+    return [
+        RewardInput(
+            prompt=prompt.text,
+            completion=trajectory.text,
+            answer=prompt.answer,
+            completion_tokens=len(trajectory.completion_ids),
+            truncated=trajectory.truncated,
+            max_completion_tokens=max_tokens,
+        )
+        for prompt, trajectory in zip(prompts, trajectories, strict=True)
+    ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchtitan.experiments.rl.unified.job_config import Sampling
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Request:
         prompt_ids: token ids of the prompt.
         seed: of this completion's sampling.
         row: of the prompt in its dataset.
+        sampling: its settings; None: the job's `[sampling]`.
     """
 
     uid: str
@@ -30,6 +32,7 @@ class Request:
     prompt_ids: list[int]
     seed: int
     row: int = 0
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ class Trajectory:
 
     Attributes:
         request: what was asked for.
-        completion_ids: the sampled token ids, a sampled EOS included.
+        completion_ids: the sampled token ids, a sampled EOS and the tokens of a stop string included; never empty.
         logprobs: fp32 (tokens,), the generator's log-prob of each of them, of the distribution sampled from.
         policy_version: of the weights that sampled them.
         finish_reason: "stop" (EOS or a stop string) or "length" (truncated).
-        text: the completion, decoded once for rewards and reports.
+        text: the completion, decoded once for rewards and reports, without EOS and stop string.
     """
 
     request: Request

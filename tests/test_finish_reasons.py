@@ -1,0 +1,121 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Why completions end, and what is done with those that were cut off: a real engine."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY
+from torchtitan.experiments.rl.unified.preflight import check_sampling
+from torchtitan.experiments.rl.unified.rollout.task import Task
+from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
+from transformers import AutoTokenizer
+
+CHECKPOINT = REPOSITORY / "tests/assets/qwen3_tiny"
+
+
+SAMPLE = """
+import dataclasses, json, sys
+from torchtitan.experiments.rl.unified.generator import Generator
+from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torchtitan.experiments.rl.unified.job_config import load_job_config
+from torchtitan.experiments.rl.unified.rollout.task import Task
+
+quiet_libraries()
+config = load_job_config(["--model.hf_assets_path", sys.argv[1]])
+requests = Task(config).next_requests()
+generator = Generator(config)
+# The likeliest completion of this one is an EOS: its prompt holds the whole answer.
+answered = dataclasses.replace(requests[0], prompt_ids=requests[0].prompt_ids + json.loads(sys.argv[2]))
+kinds = {
+    "plain": (requests, {}),
+    "stop string": (requests, {"stop": [sys.argv[3]]}),
+    "cut off": (requests, {"max_tokens": 3}),
+    "empty": ([answered], {"temperature": 0.0}),
+}
+out = {}
+for kind, (asked, changes) in kinds.items():
+    sampling = dataclasses.replace(config.sampling, **changes)
+    answers = generator.generate([dataclasses.replace(request, sampling=sampling) for request in asked])
+    out[kind] = [[t.completion_ids, len(t.logprobs), t.finish_reason, t.text] for t in answers]
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_every_eos_and_stop_string_ends_a_completion_which_keeps_what_was_sampled(tmp_path):
+    """Proves that ids, log-probs and text agree for each way to end; a request's settings win over the job's."""
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    # A third EOS that is an ordinary token: the blank between the mark and the number.
+    (blank,) = tokenizer.encode(" 1")[:-1]
+    end = tokenizer.eos_token_id
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 0, blank]}))
+    eos, stop = {end, 0, blank}, "makes\n##"
+    answer = tokenizer.encode("That makes\n####")
+    args = [str(tmp_path), json.dumps([*answer, blank, *tokenizer.encode("7")]), stop]
+    done = subprocess.run([sys.executable, "-c", SAMPLE, *args], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    sampled = json.loads(done.stdout.splitlines()[-1])
+
+    for ids, logprobs, reason, text in sum(sampled.values(), []):
+        assert len(ids) == logprobs > 0
+        assert not eos & set(ids[:-1]), "nothing is sampled after an EOS"
+        assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
+    plain = sampled["plain"]
+    assert {ids[-1] for ids, _, reason, _ in plain if reason == "stop"} >= {blank}
+    assert all((ids[-1] in eos) == (reason == "stop") for ids, _, reason, _ in plain)
+    assert all(text == tokenizer.decode(ids[:-1]) for ids, _, reason, text in plain if reason == "stop")
+
+    stopped = [s for s in sampled["stop string"] if s[0][-1] not in eos and s[2] == "stop"]
+    assert stopped, "the string was never sampled"
+    for ids, _, _, text in stopped:
+        assert tokenizer.decode(ids).partition(stop)[:2] == (text, stop)
+        assert stop not in tokenizer.decode(ids[:-1]), "the last token is the one that completed the string"
+    assert all(stop not in text for _, _, _, text in sampled["stop string"])
+
+    assert all((len(ids), reason) == (3, "length") for ids, _, reason, _ in sampled["cut off"] if ids[-1] not in eos)
+    assert [(ids, reason, text) for ids, _, reason, text in sampled["empty"]] == [([end], "stop", "")]
+
+
+def test_zero_reward_is_for_truncated_completions_alone():
+    config = load_job_config(["--rl.truncated_completions", "zero_reward", "--rl.prompts_per_step", "1"])
+    task = Task(config)
+    requests = task.next_requests()
+    (answer,) = {p.answer for p in task.prompts.prompts if list(p.prompt_ids) == requests[0].prompt_ids}
+    finished = [Trajectory(r, [5], torch.zeros(1), 0, "stop", f"{answer}\n") for r in requests]
+    cut_off = replace(finished[0], finish_reason="length")
+    rewards = task.score([cut_off, *finished[1:]]).rewards
+    assert [r.total for r in rewards] == [0.0] + [1.0] * (len(requests) - 1)
+    assert rewards[0].parts == {"gsm8k": 1.0}, "what it would have got stays on record"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--sampling.temperature", "0.001"], r"\[sampling\] temperature = 0.001: it must be 0 .* or at least 0.01"),
+        (["--sampling.temperature", "-1"], r"temperature = -1.0: it must be 0"),
+        (["--sampling.max_tokens", "0"], r"max_tokens = 0: a completion has at least 1 token"),
+        (["--sampling.top_p", "0"], r"top_p = 0.0: it must be above 0"),
+        (["--sampling.top_k", "-1"], r"top_k = -1: it must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_sampled_with_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        check_sampling(load_job_config(flags))
+
+
+def test_an_empty_stop_string_is_refused(tmp_path: Path):
+    config = load_job_config([])
+    config.sampling.stop = [""]
+    with pytest.raises(ValueError, match="stop has an empty string"):
+        check_sampling(config)
