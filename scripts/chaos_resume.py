@@ -46,6 +46,7 @@ ORPHAN_LIMIT_SECONDS = 20.0
 SMALL = [
     "--rl.prompts_per_step=4",
     "--rl.group_size=4",
+    "--evaluation.problems=4",
     "--metrics.no-enable_tensorboard",
     "--checkpoint.enable",
     "--checkpoint.interval=2",

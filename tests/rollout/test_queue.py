@@ -27,6 +27,17 @@ class FakeRun:
         self.consumed: list[str] = []
         self.events: list[str] = []
         self.generating = False
+        self.evaluated: list[dict[str, float]] = []
+
+    def due(self, version: int) -> bool:
+        return version % 5 == 0
+
+    def requests(self) -> str:
+        return "held out"
+
+    def score(self, trajectories: list[str]) -> dict[str, float]:
+        self.events.append(f"evaluate {self.engine_version}")
+        return {"version": self.engine_version}
 
     def next_requests(self) -> int:
         self.asked += 1
@@ -36,9 +47,10 @@ class FakeRun:
         assert not self.generating, "weights replaced under a running request"
         self.engine_version = update.version
 
-    async def generate(self, batch: int) -> list[str]:
+    async def generate(self, batch: int | str) -> list[str]:
         self.generating = True
-        self.events.append(f"generate {batch}")
+        if batch != "held out":
+            self.events.append(f"generate {batch}")
         for _ in range(20 if self.slow == "generator" else 1):
             await asyncio.sleep(0)
         self.generating = False
@@ -57,11 +69,13 @@ class FakeRun:
                 return await queue.settled(self.version, STEPS)
             await queue.taken()
             await queue.publish(WeightUpdate(self.version, "", []))
+            if self.due(self.version):
+                self.evaluated.append(await queue.evaluation(self.version))
         await queue.taken()
 
     async def run(self, settle_at: int | None = None) -> list[Batch] | None:
         config = SimpleNamespace(training=SimpleNamespace(steps=STEPS))
-        generating = asyncio.ensure_future(generate(config, SimpleNamespace(generators=self), self.queue, self))
+        generating = asyncio.ensure_future(generate(config, SimpleNamespace(generators=self), self.queue, self, self))
         try:
             return await asyncio.wait_for(self.train(STEPS, settle_at), 10)
         finally:
@@ -80,7 +94,18 @@ def test_each_batch_has_the_version_it_is_due_whoever_is_slow(lead, slow):
 def test_without_a_lead_the_loops_take_turns():
     run = FakeRun(0, slow="trainer")
     asyncio.run(run.run())
-    assert run.events == [f"{event} {k}" for k in range(STEPS) for event in ("generate", "train")]
+    expected = [f"{event} {k}" for k in range(STEPS) for event in ("generate", "train")]
+    assert [event for event in run.events if not event.startswith("evaluate")] == expected
+
+
+@pytest.mark.parametrize("lead", [0, 1, 4])
+def test_a_version_is_evaluated_when_the_generators_have_it_and_not_again_after_a_restart(lead):
+    whole, rest = FakeRun(lead), FakeRun(lead, first=5, ready=lead)
+    asyncio.run(whole.run())
+    asyncio.run(rest.run())
+    assert [event for event in whole.events if event.startswith("evaluate")] == [f"evaluate {v}" for v in (0, 5, 10)]
+    assert whole.evaluated == [{"version": 5}, {"version": 10}]
+    assert rest.evaluated == [{"version": 10}]
 
 
 def test_with_a_lead_the_generators_work_while_the_trainer_does():

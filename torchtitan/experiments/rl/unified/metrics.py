@@ -45,6 +45,7 @@ class StepRecord:
         self.config = config
         self.metrics: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
+        self.evaluation: dict[str, float] = {}
         self.phases: dict[str, float] = {}
         self._start = time.perf_counter()
 
@@ -76,9 +77,10 @@ class StepRecord:
             "completion_tokens_mean": sum(lengths) / len(lengths),
             "completion_tokens_max": max(lengths),
             "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
-            "tokens_per_second": sum(lengths) / seconds,
+            "tokens_per_second": sum(lengths) / (seconds - self.phases.get("evaluate", 0.0)),
             "seconds": seconds,
             **{f"seconds_{name}": seconds for name, seconds in self.phases.items()},
+            **self.evaluation,
         }
         self.samples = [
             {
@@ -162,8 +164,19 @@ class RunRecord:
             f"{len(self.history)} steps in {sum(m['seconds'] for m in self.history):.0f} s\n"
             f"reward   {first:.3f} (mean of the first 10 steps) -> {last:.3f} (last 10)\n"
             f"parity   {mismatched} of {compared} sampled tokens differ between generator and trainer\n"
+            f"{self._held_out()}"
             f"outputs  {self.folder}: metrics.jsonl, samples.jsonl, config.toml, reward.png, tb/"
         )
+
+    def _held_out(self) -> str:
+        """Pass rates before and after the run, a line for each k; empty without evaluations."""
+        lines = []
+        for key in sorted({key for m in self.history for key in m if key.startswith("eval_pass@")}):
+            name = key.removeprefix("eval_")
+            before = [m[f"eval_before_{name}"] for m in self.history if f"eval_before_{name}" in m]
+            rates = [f"{rate:.3f}" for rate in (*before, [m[key] for m in self.history if key in m][-1])]
+            lines.append(f"{name:<8} {' -> '.join(rates)} on held-out problems\n")
+        return "".join(lines)
 
     def _build_loggers(self) -> LoggerContainer:
         loggers = LoggerContainer()

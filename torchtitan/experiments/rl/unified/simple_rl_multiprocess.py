@@ -32,8 +32,8 @@ from torchtitan.experiments.rl.unified.parity import ParityError
 logger = logging.getLogger(__name__)
 
 
-async def generate(config: JobConfig, meshes, queue, task) -> None:
-    """The generators' loop: takes policy versions from `queue`, puts batches into it.
+async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
+    """The generators' loop: takes policy versions from `queue`, puts batches and evaluations into it.
 
     It waits for the version that its next batch is due under, which `train` publishes; it ends on the last version.
     """
@@ -48,6 +48,10 @@ async def generate(config: JobConfig, meshes, queue, task) -> None:
                 async with queue.next_version() as update:
                     with timed(seconds, "update"):
                         await meshes.generators.update_weights(update)
+                # What a run goes on from has its evaluation on record.
+                if evaluation.due(update.version) and (update.version > queue.first or queue.first == 0):
+                    answers = await meshes.generators.generate(evaluation.requests())
+                    await queue.report(update.version, await asyncio.to_thread(evaluation.score, answers))
             if not at_end:
                 with timed(seconds, "generate"):
                     trajectories = await meshes.generators.generate(task.next_requests())
@@ -56,7 +60,7 @@ async def generate(config: JobConfig, meshes, queue, task) -> None:
         await queue.fail(error)
 
 
-async def train(config: JobConfig, meshes, queue, task, record) -> None:
+async def train(config: JobConfig, meshes, queue, task, evaluation, record) -> None:
     """The trainer's loop, GRPO (arXiv:2402.03300): takes batches from `queue`, publishes a policy version after each.
 
     It waits for the next batch, and for the generators to have taken the version before; `generate` brings both.
@@ -66,37 +70,52 @@ async def train(config: JobConfig, meshes, queue, task, record) -> None:
     sync: dict[str, float] = {}
     with timed(sync, "sync"):
         await queue.publish(await meshes.trainer.send_weights())
-    for _ in range(queue.first, config.training.steps):
+    for version in range(queue.first, config.training.steps):
         with ExitStack() as stack:
             step = stack.enter_context(record.step())
+            if version == 0 and evaluation.due(0):
+                with timed(step.phases, "evaluate"):
+                    step.evaluation |= await queue.evaluation(0)
             with timed(step.phases, "wait"):
                 batch = await queue.get()
             with timed(step.phases, "reward"):
                 scored = await asyncio.to_thread(task.score, batch.trajectories)
             step.phases.update(batch.seconds | sync)
             recording = stack.pop_all()
-        await _uninterrupted(_take_step(config, meshes, queue, task, recording, step, batch, scored))
+        await _uninterrupted(_take_step(config, meshes, queue, task, evaluation, recording, step, batch, scored))
         sync.clear()
         with timed(sync, "sync"):
-            await queue.taken()
-            await queue.publish(await meshes.trainer.send_weights())
+            if queue.published == version:
+                await queue.taken()
+                await queue.publish(await meshes.trainer.send_weights())
     await queue.taken()
 
 
 async def _take_step(
-    config: JobConfig, meshes, queue, task, recording: AbstractContextManager, step, batch, scored
+    config: JobConfig, meshes, queue, task, evaluation, recording: AbstractContextManager, step, batch, scored
 ) -> None:
-    """One step, its record, and then its checkpoint: what is started again drops lines of the record, but adds none."""
+    """One step, its record, and then its checkpoint: what is started again drops lines of the record, but adds none.
+
+    The record of a step holds the evaluation of what came of it, if one is due: its version is then published in here.
+    """
     from torchtitan.experiments.rl.unified.metrics import timed
 
     with recording:
         with timed(step.phases, "train"):
             results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+        version = results[0].step
+        if results[0].checkpoint_due:
+            waiting = await queue.settled(version, config.training.steps)
+            batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
+            state = {"task": task.state_dict(), "batches": batches}
+        if evaluation.due(version):
+            with timed(step.phases, "evaluate"):
+                await queue.taken()
+                await queue.publish(await meshes.trainer.send_weights())
+                step.evaluation |= await queue.evaluation(version)
         step.finish(batch.trajectories, scored, results)
     if results[0].checkpoint_due:
-        waiting = await queue.settled(results[0].step, config.training.steps)
-        batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
-        await meshes.trainer.save({"task": task.state_dict(), "batches": batches})
+        await meshes.trainer.save(state)
 
 
 async def _uninterrupted(work) -> Any:
@@ -109,7 +128,7 @@ async def _uninterrupted(work) -> Any:
         raise
 
 
-async def attempt(config: JobConfig, meshes, task) -> str:
+async def attempt(config: JobConfig, meshes, task, evaluation) -> str:
     """Trains from the last checkpoint, or from the start, to the end; returns the summary.
 
     Raises:
@@ -126,9 +145,9 @@ async def attempt(config: JobConfig, meshes, task) -> str:
     queue = TrajectoryQueue(lead, step, batches)
     task.load_state_dict(state.get("task"))
     with RunRecord(config, step) as record:
-        generating = asyncio.ensure_future(generate(config, meshes, queue, task))
+        generating = asyncio.ensure_future(generate(config, meshes, queue, task, evaluation))
         try:
-            await train(config, meshes, queue, task, record)
+            await train(config, meshes, queue, task, evaluation, record)
         finally:
             generating.cancel()
         await meshes.trainer.close()
@@ -137,9 +156,10 @@ async def attempt(config: JobConfig, meshes, task) -> str:
 
 async def run(config: JobConfig) -> str:
     """Checks the job, starts its processes, trains; returns the summary."""
+    from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
     from torchtitan.experiments.rl.unified.rollout.task import Task
 
-    with closing(Task(config)) as task:
+    with closing(Task(config)) as task, closing(Evaluation(config)) as evaluation:
         if find_start(config).finished:
             return f"no step was taken: {config.job.dump_folder} stands at its last step"
         # Monarch starts threads at import: only a job that can run gets that far.
@@ -148,13 +168,15 @@ async def run(config: JobConfig) -> str:
         from torchtitan.experiments.rl.unified.actors.mesh import Meshes
         from torchtitan.experiments.rl.unified.metrics import set_aside
 
+        if dropped := task.prompts.dropped:
+            print(f"left out {dropped} prompts that are too long; {len(task.prompts.prompts)} are there to train on")
         check_cluster(config)
         if aside := set_aside(config):
             print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
         async with Meshes(config) as meshes:
             for restart in range(config.supervision.max_restarts + 1):
                 try:
-                    return await attempt(config, meshes, task)
+                    return await attempt(config, meshes, task, evaluation)
                 except TrainerLost as error:
                     if not config.checkpoint.enable or restart == config.supervision.max_restarts:
                         raise

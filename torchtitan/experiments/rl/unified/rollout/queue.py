@@ -52,7 +52,8 @@ class TrajectoryQueue:
         self.lead, self.first = lead, version
         self.ready = list(ready)
         self.sampled = version + len(ready)
-        self.generator_version = -1
+        self.generator_version = self.published = -1
+        self._evaluations: dict[int, dict[str, float]] = {}
         self._update: WeightUpdate | None = None
         self._error: BaseException | None = None
         self._changed = asyncio.Condition()
@@ -61,7 +62,7 @@ class TrajectoryQueue:
 
     async def publish(self, update: WeightUpdate) -> None:
         """Hands the next version to the generators; returns at once, they take it when they are ready."""
-        self._update = update
+        self._update, self.published = update, update.version
         await self._notify()
 
     async def taken(self) -> None:
@@ -72,6 +73,11 @@ class TrajectoryQueue:
         """The next batch; waits for the generators, and raises what ended them."""
         await self._wait(lambda: self.ready)
         return self.ready.pop(0)
+
+    async def evaluation(self, version: int) -> dict[str, float]:
+        """The metrics of `version`'s evaluation; waits for the generators, and raises what ended them."""
+        await self._wait(lambda: version in self._evaluations)
+        return self._evaluations.pop(version)
 
     async def settled(self, version: int, steps: int) -> list[Batch]:
         """The batches that wait once the generators have done all they can before `version` is published.
@@ -100,6 +106,11 @@ class TrajectoryQueue:
         """Adds the next batch."""
         self.ready.append(batch)
         self.sampled += 1
+        await self._notify()
+
+    async def report(self, version: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of `version`'s evaluation."""
+        self._evaluations[version] = metrics
         await self._notify()
 
     async def fail(self, error: BaseException) -> None:

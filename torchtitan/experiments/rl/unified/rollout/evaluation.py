@@ -1,0 +1,91 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""How many held-out problems the policy solves."""
+
+import math
+from dataclasses import replace
+
+from torchtitan.experiments.rl.unified import preflight
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
+from torchtitan.experiments.rl.unified.rollout.task import reward_inputs
+from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
+
+
+class Evaluation:
+    """pass@k on held-out problems: the same problems, with the same seeds, each time.
+
+    Args:
+        config: the job; `[evaluation]` says what is evaluated and when.
+
+    Raises:
+        ValueError: no such rows or reward, or settings that contradict each other.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config.evaluation
+        self.steps = config.training.steps
+        self.max_tokens = config.sampling.max_tokens
+        self.sampling = replace(config.sampling, temperature=self.config.temperature)
+        if not self.config.interval:
+            return
+        preflight.check_evaluation(config)
+        prompts = preflight.load_prompts(config, held_out=True)
+        self.problems = prompts.next_batch(min(self.config.problems or len(prompts.prompts), len(prompts.prompts)))
+        self.rewards = Rewards({self.config.reward: 1.0}, config.reward.timeout_seconds)
+        self.rewards.check_answers([problem.answer for problem in self.problems])
+
+    def close(self) -> None:
+        """Ends the process of a user's reward, if there is one."""
+        if self.config.interval:
+            self.rewards.close()
+
+    def due(self, version: int) -> bool:
+        """Whether the policy of this version, as many steps old, is to be evaluated."""
+        interval = self.config.interval
+        return interval > 0 and (version % interval == 0 or version == self.steps)
+
+    def requests(self) -> list[Request]:
+        """`samples` completions in a row for each problem."""
+        requests = []
+        for problem in self.problems:
+            uid = f"held-out row {problem.row}"
+            for sample in range(self.config.samples):
+                seed = completion_seed(self.config.seed, uid, sample)
+                requests.append(Request(uid, sample, list(problem.prompt_ids), seed, problem.row, self.sampling))
+        return requests
+
+    def score(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """What the answers to `requests` are worth, as metrics.
+
+        Args:
+            trajectories: of one policy version, in the requests' order.
+
+        Returns:
+            "eval_pass@k" for each k, "eval_truncated_fraction" and "eval_completion_tokens_mean"; for the policy before
+            training "eval_before_pass@k" and so on, as both may belong to one step.
+        """
+        samples = self.config.samples
+        asked = [problem for problem in self.problems for _ in range(samples)]
+        rewards = self.rewards.score(reward_inputs(asked, trajectories, self.max_tokens))
+        passes = [reward.total >= 1 for reward in rewards]
+        correct = [sum(passes[i : i + samples]) for i in range(0, len(passes), samples)]
+        metrics = {
+            f"pass@{k}": math.fsum(pass_at_k(samples, c, k) for c in correct) / len(correct) for k in self.config.k
+        }
+        metrics["truncated_fraction"] = sum(t.truncated for t in trajectories) / len(trajectories)
+        metrics["completion_tokens_mean"] = sum(len(t.completion_ids) for t in trajectories) / len(trajectories)
+        prefix = "eval_before_" if trajectories[0].policy_version == 0 else "eval_"
+        return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of k completions passes, from `samples` of which `correct` do.
+
+    One less the share of the subsets of k that hold no correct one. Source: Chen et al., Evaluating Large Language
+    Models Trained on Code, arXiv:2107.03374, eq. 1.
+    """
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
