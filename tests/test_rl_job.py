@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import tomli
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+from torchtitan.experiments.rl.unified.job_config import REPOSITORY, TRAIN_CONFIGS
 
 COMMAND = Path(simple_rl_multiprocess.__file__)
-SMALL = ["--rl.prompts_per_step", "4", "--rl.group_size", "8"]
+SMALL = ["--rl.prompts_per_step", "4", "--rl.group_size", "8", "--evaluation.problems", "4"]
 
 
 def run(command: list[str], folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -56,6 +58,9 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
         assert m["reward_mean"] == pytest.approx(sum(s["reward"] for s in sampled) / 32)
         assert {"loss", "seconds", "grad_norm", "seconds_generate", "seconds_sync"} <= m.keys()
     assert any(m["grad_norm"] > 0 for m in metrics)
+    evaluated = [[key for key in ("eval_before_pass@1", "eval_pass@1", "eval_pass@4") if key in m] for m in metrics]
+    assert evaluated == [["eval_before_pass@1"], [], ["eval_pass@1", "eval_pass@4"]]
+    assert re.search(r"pass@1 +[01]\.\d{3} -> [01]\.\d{3} on held-out problems", done.stdout)
     assert tomli.loads((folder / "config.toml").read_text())["rl"]["prompts_per_step"] == 4
     assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tb").glob("events.out.tfevents.*"))
@@ -92,8 +97,6 @@ def test_a_forgotten_weight_update_stops_the_run(tmp_path):
 
 
 def bad_checkpoint(folder: Path, **changes) -> list[str]:
-    from torchtitan.experiments.rl.unified.job_config import REPOSITORY
-
     copy = folder / "checkpoint"
     copy.mkdir()
     for file in (REPOSITORY / "tests/assets/qwen3_tiny").iterdir():
@@ -108,6 +111,19 @@ def rows(folder: Path, *values: dict) -> list[str]:
     return ["--training.dataset_path", str(folder / "rows.jsonl")]
 
 
+def no_such_reward(folder: Path) -> list[str]:
+    text = (TRAIN_CONFIGS / "debug_cpu.toml").read_text()
+    (folder / "job.toml").write_text(f"{text}\n[reward.weights]\ngsm9k = 1.0\n")
+    return ["--job.config_file", str(folder / "job.toml")]
+
+
+def template(folder: Path, text: str) -> str:
+    _, copy = bad_checkpoint(folder)
+    config = json.loads((Path(copy) / "tokenizer_config.json").read_text())
+    (Path(copy) / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": text}))
+    return copy
+
+
 BAD_INPUT = {
     "no checkpoint": (lambda t: ["--model.hf_assets_path", str(t / "none")], "no checkpoint directory"),
     "another model": (lambda t: bad_checkpoint(t, hidden_size=64), "hidden_size: 64 in the checkpoint"),
@@ -116,6 +132,16 @@ BAD_INPUT = {
         "is quantised (fp8): a policy",
     ),
     "no such flavor": (lambda t: ["--model.flavor", "tinny"], "flavor 'tinny': qwen3 has"),
+    "no rows": (rows, "rows.jsonl has no rows"),
+    "no such reward": (no_such_reward, "'gsm9k' does not exist; choose from gsm8k, math_verify"),
+    "no held-out rows": (
+        lambda t: rows(t, {"question": "1+1?", "answer": "#### 2"}),
+        "rows.jsonl is what the job trains on; give held-out rows in [evaluation] dataset_path",
+    ),
+    "a template that raises": (
+        lambda t: ["--model.hf_assets_path", template(t, "{{ raise_exception('no system role') }}")],
+        "chat template fails on row 1 of",
+    ),
     "no dataset": (lambda t: ["--training.dataset_path", str(t / "none")], "does not exist"),
     "row without answer": (lambda t: rows(t, {"question": "1+1?"}), "row 1 has no 'answer'"),
     "row without question": (lambda t: rows(t, {"q": "1+1?", "answer": "#### 2"}), "row 1 has no 'question'"),
@@ -187,9 +213,15 @@ def test_a_step_that_is_not_finite_stops_every_rank_and_keeps_the_last_checkpoin
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on_as_if_it_had_not_been_killed(tmp_path):
-    """Proves that a checkpoint holds all that the next step reads: weights, optimizer, position in the data."""
+    """Proves that a checkpoint holds all that the next step reads: weights, optimizer, position in the data.
+
+    With 7 rows and 4 prompts a step, both checkpoints that it can go on from (steps 2 and 4) lie in the middle of an
+    epoch, the second and the third. An evaluation that falls on a step is neither lost nor there twice.
+    """
     flags = ["--training.steps", "6", "--checkpoint.enable", "--checkpoint.interval", "2"]
-    flags += ["--checkpoint.no-last_save_model_only"]
+    flags += ["--checkpoint.no-last_save_model_only", "--rl.log_samples", "1000", "--evaluation.interval", "3"]
+    flags += ["--evaluation.dataset_path", str(REPOSITORY / "tests/assets/gsm8k_tiny/test.jsonl")]
+    flags += rows(tmp_path, *({"question": f"What is {n} plus 1?", "answer": f"#### {n + 1}"} for n in range(7)))
     assert run([str(COMMAND)], tmp_path / "whole", *flags).returncode == 0
     metrics = tmp_path / "killed" / "metrics.jsonl"
     command = [sys.executable, str(COMMAND), "--job.dump_folder", str(tmp_path / "killed"), *SMALL, *flags]
@@ -207,3 +239,7 @@ def test_a_killed_job_goes_on_as_if_it_had_not_been_killed(tmp_path):
         return [{k: v for k, v in m.items() if "second" not in k} for m in lines(path)]
 
     assert without_times(metrics) == without_times(tmp_path / "whole" / "metrics.jsonl")
+    assert ["eval_pass@1" in m for m in lines(metrics)] == [False, False, True] * 2
+    samples, undisturbed = (lines(tmp_path / name / "samples.jsonl") for name in ("killed", "whole"))
+    assert samples == undisturbed
+    assert {s["prompt_uid"].partition(" row")[0] for s in samples} == {"epoch 0", "epoch 1", "epoch 2", "epoch 3"}

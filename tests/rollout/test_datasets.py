@@ -4,13 +4,23 @@
 # LICENSE file in the root directory of this source tree.
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.rl.unified.rollout.datasets import load_gsm8k, PromptDataset, register_datasets
+from torchtitan.experiments.rl.unified.job_config import load_job_config
+from torchtitan.experiments.rl.unified.preflight import load_prompts
+from torchtitan.experiments.rl.unified.rollout.datasets import (
+    load_gsm8k,
+    load_local,
+    PromptDataset,
+    QA_DATASETS,
+    register_datasets,
+)
+from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
 from transformers import AutoTokenizer
 
@@ -159,6 +169,33 @@ def test_a_tokenizer_without_a_chat_template_is_refused(ten_rows):
     plain.chat_template = None
     with pytest.raises(ValueError, match="qwen3_tiny has no chat template"):
         PromptDataset("local", ten_rows, plain)
+
+
+def test_a_dataset_is_one_entry_selected_by_its_name(tokenizer, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "riddles.jsonl", [{"question": "What is 1 plus 1?", "answer": "#### 2"}])
+    monkeypatch.setitem(QA_DATASETS, "riddles", DatasetConfig(path, partial(load_local, split="train"), str))
+    config = load_job_config(["--training.dataset", "riddles", "--data.system_prompt", "Be brief."])
+    (prompt,) = load_prompts(config).prompts
+    assert "Be brief." in prompt.text and "1 plus 1" in prompt.text and prompt.answer == "#### 2"
+
+
+def test_the_template_gets_its_arguments_from_the_job_config(monkeypatch, tmp_path, ten_rows):
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = "{% if enable_thinking %}<think>{% endif %}{{ messages[-1].content }}"
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    flags = [
+        "--model.hf_assets_path",
+        str(tmp_path),
+        "--training.dataset",
+        "local",
+        "--training.dataset_path",
+        ten_rows,
+    ]
+    flags += ["--data.template_kwargs", "enable_thinking"]
+    texts = [load_prompts(load_job_config([*flags, value])).prompts[1].text for value in ("True", "False")]
+    assert texts == ["<think>What is 1 more than 1?", "What is 1 more than 1?"]
 
 
 def test_gsm8k_offline_says_what_to_do(monkeypatch, tmp_path):

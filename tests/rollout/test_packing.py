@@ -3,8 +3,14 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
+import math
+
+import pytest
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.experiments.rl.unified.job_config import PolicyLoss
+from torchtitan.experiments.rl.unified.logprobs import sampling_logprobs
+from torchtitan.experiments.rl.unified.loss import policy_loss
 from torchtitan.experiments.rl.unified.rollout.packing import pack, plan
 from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
 
@@ -67,3 +73,48 @@ def test_seeds_differ_by_run_prompt_and_sample():
     assert len(seeds) == 200
     assert completion_seed(1, "a", 2) == completion_seed(1, "a", 2)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_pack_from_sampled_tokens_to_its_loss_by_hand():
+    """Three sequences of a vocabulary of four tokens (3 is EOS), laid end to end.
+
+        sequence        |------- finished ------|  |--- truncated --|  |- empty -|
+        sampled          prompt   completion        prompt completion   prompt EOS
+        tokens           0    1    2    0           2    1    0         1
+        positions        0    1    2    3           0    1    2         0
+        labels           -    2    0    3           -    0    2         3         (-: not sampled)
+        trainer p        -   1/2  1/4  1/4          -   1/2  1/4       1/4        of the label
+        generator p      -   1/4  1/4  1/2          -   1/2  1/4       1/4
+        ratio            -    2    1   1/2          -    1    1         1
+        advantage        -    3    3    3           -   -1   -1        -2
+        clipped ratio    -   1.2   1   0.8          -    1    1         1
+        loss             -  -3.6  -3  -1.5          -    1    1         2         -min(ratio A, clipped ratio A)
+
+    The last token of each sequence (EOS, or the one it was cut off at) predicts nothing and is no input.
+    """
+    half, quarter = math.log(1 / 2), math.log(1 / 4)
+    finished = trajectory([0, 1], [2, 0, 3], [quarter, quarter, half])
+    truncated = trajectory([2, 1], [0, 2], [half, quarter], reason="length")
+    empty = trajectory([1], [3], [quarter])
+    packed = pack([finished, truncated, empty], torch.tensor([3.0, -1.0, -2.0]), [0, 1, 2])
+
+    assert packed.tokens.tolist() == [[0, 1, 2, 0, 2, 1, 0, 1]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert packed.cu_seqlens.tolist() == [0, 4, 7, 8]
+    none = IGNORE_INDEX
+    assert packed.labels.tolist() == [[none, 2, 0, 3, none, 0, 2, 3]]
+
+    # After inputs 1 and 5 one token has p = 1/2 and the others 1/6; after all others each has 1/4.
+    logits = torch.zeros(8, 4)
+    logits[1, 2] = logits[5, 0] = math.log(3)
+    sampled_T = packed.labels[0] != IGNORE_INDEX
+    logprobs_N = sampling_logprobs(logits[sampled_T], packed.labels[0][sampled_T], temperature=1.0)
+    expected = torch.tensor([half, quarter, quarter, half, quarter, quarter])
+    torch.testing.assert_close(logprobs_N, expected, rtol=0, atol=1e-6)
+
+    generator_N, advantages_N = packed.generator_logprobs[0][sampled_T], packed.advantages[0][sampled_T]
+    assert torch.equal(generator_N, torch.tensor([quarter, quarter, half, half, quarter, quarter]))
+    assert advantages_N.tolist() == [3, 3, 3, -1, -1, -2]
+    loss_N, _ = policy_loss(PolicyLoss(name="grpo"))(logprobs_N, generator_N, advantages_N)
+    torch.testing.assert_close(loss_N, torch.tensor([-3.6, -3.0, -1.5, 1.0, 1.0, 2.0]), rtol=0, atol=1e-5)
+    assert float(loss_N.sum() / len(loss_N)) == pytest.approx(-4.1 / 6, abs=1e-6)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
+from jinja2 import TemplateError
 from pyarrow import ArrowException, parquet
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -125,13 +126,13 @@ class PromptDataset:
         question_column, answer_column: Names of the columns, both text.
         max_prompt_tokens: The longest prompt allowed.
         long_prompts: "drop" leaves longer ones out and counts them in ``dropped``; "error" refuses them.
-        system_prompt: A system message to put before each question.
+        system_prompt: A system message to put before each question; empty: none.
         template_kwargs: More arguments of the chat template, such as Qwen3's ``enable_thinking``.
         dp_rank, dp_world_size: This reader's share: every ``dp_world_size``-th prompt of each epoch.
 
     Raises:
         ValueError: No such dataset or path, no rows or none that fits, a row without question or answer,
-            a prompt that is too long (with "error"), or a tokenizer without a chat template.
+            a prompt that is too long (with "error"), or a tokenizer without a chat template or with one that fails.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class PromptDataset:
         answer_column: str = "answer",
         max_prompt_tokens: int | None = None,
         long_prompts: Literal["drop", "error"] = "drop",
-        system_prompt: str | None = None,
+        system_prompt: str = "",
         template_kwargs: dict[str, Any] | None = None,
         dp_rank: int = 0,
         dp_world_size: int = 1,
@@ -162,15 +163,19 @@ class PromptDataset:
         questions, answers = (_text_column(rows, column, where, split) for column in (question_column, answer_column))
 
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        texts = [
-            tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": question}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_kwargs or {}),
-            )
-            for question in questions
-        ]
+        texts = []
+        for question in questions:
+            messages = [*system, {"role": "user", "content": question}]
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+                )
+            except (TemplateError, TypeError) as e:
+                raise ValueError(
+                    f"The tokenizer's chat template fails on row {len(texts) + 1} of {where}: {e}; look at [data] "
+                    "system_prompt and template_kwargs."
+                ) from e
+            texts.append(text)
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         everything = [Prompt(i, 0, texts[i], tuple(ids[i]), answers[i]) for i in range(len(rows))]
         self.prompts = [p for p in everything if max_prompt_tokens is None or len(p.prompt_ids) <= max_prompt_tokens]
