@@ -6,7 +6,7 @@
 from pathlib import Path
 
 import pytest
-from torchtitan.experiments.rl.unified.job_config import load_job_config, TRAIN_CONFIGS, write_toml
+from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY, TRAIN_CONFIGS, write_toml
 
 
 def job(tmp_path: Path, text: str, *flags: str):
@@ -35,6 +35,19 @@ def test_the_written_config_reads_as_the_same_job(tmp_path):
     config = job(tmp_path, "[reward.weights]\nformat = 0.5\n[training]\nmax_norm = 2\n")
     write_toml(config, tmp_path / "resolved.toml")
     assert load_job_config(["--job.config_file", str(tmp_path / "resolved.toml")]).to_dict() == config.to_dict()
+
+
+def test_the_written_config_holds_no_path_into_this_clone(tmp_path):
+    dump_folder = REPOSITORY / "outputs" / "run"
+    config = load_job_config(
+        ["--job.dump_folder", str(dump_folder), "--training.dataset_path", "tests/assets/gsm8k_tiny"]
+    )
+    assert Path(config.training.dataset_path).is_absolute()
+    write_toml(config, tmp_path / "resolved.toml")
+    assert str(REPOSITORY) not in (tmp_path / "resolved.toml").read_text()
+    again = load_job_config(["--job.config_file", str(tmp_path / "resolved.toml")])
+    assert again.training.dataset_path == config.training.dataset_path
+    assert (again.model.hf_assets_path, again.job.dump_folder) == (config.model.hf_assets_path, "outputs/run")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
     assert re.search(r"pass@1 +[01]\.\d{3} -> [01]\.\d{3} on held-out problems", done.stdout)
     assert tomli.loads((folder / "config.toml").read_text())["rl"]["prompts_per_step"] == 4
     assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert "finished, 3 steps" in (folder / "report.html").read_text()
     assert list((folder / "tb").glob("events.out.tfevents.*"))
 
 
@@ -192,7 +193,7 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"error: job config {path}: unknown key 'rl.group_sise'; known here: "
-        "group_size, log_samples, microbatch_tokens, mode, prompts_per_step"
+        "group_size, log_samples, microbatch_tokens, mode, prompts_per_step, record_replay"
     ]
 
 

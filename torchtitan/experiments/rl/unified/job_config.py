@@ -24,6 +24,8 @@ from torchtitan.config.manager import ConfigManager
 MODULE = "torchtitan.experiments.rl.unified.job_config"
 REPOSITORY = Path(__file__).resolve().parents[4]
 TRAIN_CONFIGS = Path(__file__).resolve().parent / "train_configs"
+# Keys that name something to read, which resolve_path looks for.
+PATHS = (("model", "hf_assets_path"), ("training", "dataset_path"), ("evaluation", "dataset_path"))
 
 
 @dataclass
@@ -44,8 +46,12 @@ class RL:
     """What to do with completions cut off at sampling.max_tokens: train on them like on others, keep their tokens out
     of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0"""
 
-    log_samples: int = 4
-    """Completions a step written to samples.jsonl"""
+    log_samples: int = 6
+    """Completions a step written to samples.jsonl: in turn the best, the worst and a truncated one"""
+
+    record_replay: bool = True
+    """With checkpoints: keep what scripts/replay.py checks a step by, in replay/ (8 bytes a sampled token, 4 a prompt
+    token, of the first step after each checkpoint)"""
 
 
 @dataclass
@@ -273,17 +279,22 @@ def load_job_config(args: list[str]) -> JobConfig:
     _check_file(args)
     config = manager.parse_args(args)
     config.job.config_file, config.job.custom_config_module = None, MODULE
-    config.model.hf_assets_path = resolve_path(config.model.hf_assets_path)
-    if config.training.dataset_path is not None:
-        config.training.dataset_path = resolve_path(config.training.dataset_path)
-    if config.evaluation.dataset_path is not None:
-        config.evaluation.dataset_path = resolve_path(config.evaluation.dataset_path)
+    for section, key in PATHS:
+        if path := getattr(getattr(config, section), key):
+            setattr(getattr(config, section), key, resolve_path(path))
     return config
 
 
 def write_toml(config: JobConfig, path: Path) -> None:
-    """Writes `config` as TOML that `--job.config_file` reads again; what is None is left out."""
-    path.write_text(tomli_w.dumps(_without_none(config.to_dict())))
+    """Writes `config` as TOML that `--job.config_file` reads again; what is None is left out.
+
+    Paths inside this repository are written relative to its top, so that the file serves another clone.
+    """
+    values = _without_none(config.to_dict())
+    for section, key in (*PATHS, ("job", "dump_folder")):
+        if os.path.isabs(value := values[section].get(key, "")) and Path(value).is_relative_to(REPOSITORY):
+            values[section][key] = str(Path(value).relative_to(REPOSITORY))
+    path.write_text(tomli_w.dumps(values))
 
 
 def resolve_path(path: str) -> str:

@@ -3,20 +3,24 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""A run's record: metrics.jsonl, TensorBoard, samples, the picture, and what the terminal shows."""
+"""A run's record: metrics.jsonl, TensorBoard, samples, the report, and what the terminal shows."""
 
-import json
-import os
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, ExitStack
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
+from torchtitan.experiments.rl.unified import jsonl
 from torchtitan.experiments.rl.unified.job_config import JobConfig, write_toml
 from torchtitan.experiments.rl.unified.parity import ParityReport
+from torchtitan.experiments.rl.unified.provenance import write_provenance
+from torchtitan.experiments.rl.unified.replay import ReplayFolder
+from torchtitan.experiments.rl.unified.report import write_report
 from torchtitan.experiments.rl.unified.rollout.task import Scored
 from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
 from torchtitan.experiments.rl.unified.step_stats import StepStats
@@ -39,14 +43,19 @@ class StepRecord:
 
     Args:
         config: the job.
+
+    Attributes:
+        phases: seconds by the phase's name; a phase that ran beside the others is set by whoever ran it.
+        evaluation: held-out figures by name, if there was an evaluation in this step; they go into the metrics.
     """
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
+        self.phases: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
         self.metrics: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
-        self.evaluation: dict[str, float] = {}
-        self.phases: dict[str, float] = {}
+        self.trajectories: list[Trajectory] = []
         self._start = time.perf_counter()
 
     def finish(self, trajectories: list[Trajectory], scored: Scored, results: list["StepResult"]) -> None:
@@ -61,10 +70,11 @@ class StepRecord:
         totals = torch.tensor([r.total for r in scored.rewards], dtype=torch.float64)
         parity = sum((r.parity for r in results), start=ParityReport())
         step = results[0]
+        oldest = min(t.policy_version for t in trajectories)
+        self.trajectories = trajectories
         self.metrics = {
             "step": step.step,
             "policy_version": step.step,
-            "staleness": step.step - 1 - min(t.policy_version for t in trajectories),
             "reward_mean": float(totals.mean()),
             "loss": step.loss,
             "grad_norm": step.grad_norm,
@@ -77,26 +87,48 @@ class StepRecord:
             "completion_tokens_mean": sum(lengths) / len(lengths),
             "completion_tokens_max": max(lengths),
             "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
+            "version_min": oldest,
+            "staleness_max": step.step - 1 - oldest,
             "tokens_per_second": sum(lengths) / (seconds - self.phases.get("evaluate", 0.0)),
             "seconds": seconds,
-            **{f"seconds_{name}": seconds for name, seconds in self.phases.items()},
+            **{f"seconds_{name}": value for name, value in self.phases.items()},
             **self.evaluation,
         }
-        self.samples = [
-            {
-                "step": step.step,
-                "prompt_uid": t.request.uid,
-                "sample": t.request.sample,
-                "prompt_ids": t.request.prompt_ids,
-                "completion": t.text,
-                "completion_tokens": len(t.completion_ids),
-                "finish_reason": t.finish_reason,
-                "reward": r.total,
-                "reward_parts": r.parts,
-                "policy_version": t.policy_version,
-            }
-            for t, r in zip(trajectories[: self.config.rl.log_samples], scored.rewards)
-        ]
+        chosen = notable(trajectories, totals.tolist(), self.config.rl.log_samples)
+        self.samples = [self._sample(i, kind, trajectories[i], scored) for i, kind in sorted(chosen.items())]
+
+    def _sample(self, index: int, kind: str, trajectory: Trajectory, scored: Scored) -> dict[str, Any]:
+        reward, asked = scored.rewards[index], scored.inputs[index]
+        return {
+            "step": self.metrics["step"],
+            "kind": kind,
+            "prompt_uid": trajectory.request.uid,
+            "sample": trajectory.request.sample,
+            "prompt": asked.prompt,
+            "answer": asked.answer,
+            "completion": trajectory.text,
+            "completion_tokens": len(trajectory.completion_ids),
+            "finish_reason": trajectory.finish_reason,
+            "reward": reward.total,
+            "reward_parts": reward.parts,
+            "advantage": float(scored.advantages[index]),
+            "policy_version": trajectory.policy_version,
+        }
+
+
+def notable(trajectories: list[Trajectory], rewards: list[float], count: int) -> dict[int, str]:
+    """Indices of up to `count` completions worth reading, and why each: "best", "worst" or "truncated".
+
+    In turn the best, the worst and a truncated one of those that are left; of equals one whose prompt was chosen least.
+    """
+    chosen: dict[int, str] = {}
+    while len(chosen) < min(count, len(rewards)):
+        for kind, sign in {"best": -1, "worst": 1, "truncated": 0}.items():
+            uids = [trajectories[i].request.uid for i in chosen]
+            left = [i for i, t in enumerate(trajectories) if i not in chosen and (t.truncated or kind != "truncated")]
+            if left and len(chosen) < count:
+                chosen[min(left, key=lambda i: (sign * rewards[i], uids.count(trajectories[i].request.uid), i))] = kind
+    return chosen
 
 
 class RunRecord:
@@ -112,27 +144,43 @@ class RunRecord:
         self.folder = Path(config.job.dump_folder)
         self.first_step = first_step
         self.history: list[dict[str, Any]] = []
+        records = config.rl.record_replay and config.checkpoint.enable and not config.checkpoint.load_only
+        self.replay = ReplayFolder(config, first_step) if records else None
 
     def __enter__(self) -> "RunRecord":
         self.folder.mkdir(parents=True, exist_ok=True)
         write_toml(self.config, self.folder / "config.toml")
-        self.history = [m for m in _read(self.folder / "metrics.jsonl") if m["step"] <= self.first_step]
-        samples = [s for s in _read(self.folder / "samples.jsonl") if s["step"] <= self.first_step]
-        self._stack = ExitStack()
-        # Steps after the checkpoint are taken again: their lines go.
-        self._metrics = self._stack.enter_context(_rewrite(self.folder / "metrics.jsonl", self.history))
-        self._samples = self._stack.enter_context(_rewrite(self.folder / "samples.jsonl", samples))
-        self._loggers = self._stack.enter_context(closing(self._build_loggers()))
+        write_provenance(self.config, self.folder / "provenance.json", self.first_step)
         steps = self.config.training.steps
-        self._bar = self._stack.enter_context(
-            tqdm(total=steps, initial=self.first_step, unit="step", dynamic_ncols=True, desc=self.config.rl.mode)
-        )
+        with ExitStack() as stack:
+            self._loggers = stack.enter_context(closing(self._build_loggers()))
+            self._bar = stack.enter_context(
+                tqdm(total=steps, unit="step", dynamic_ncols=True, desc=self.config.rl.mode)
+            )
+            self._files = stack.enter_context(ExitStack())
+            self.rewind(self.first_step)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self._stack.close()
+        if self.replay:
+            self.replay.record_checkpoints()
         if self.history:
             draw(self.history, self.folder / "reward.png")
+        write_report(self.folder, _ending(kind, error))
+
+    def rewind(self, step: int) -> None:
+        """Forgets what came after `step`, which the trainer stands at again: those steps are taken again."""
+        self._files.close()
+        metrics, samples = (self.folder / name for name in ("metrics.jsonl", "samples.jsonl"))
+        self.history = list(_until(step, jsonl.read(metrics)))
+        self._metrics = self._files.enter_context(jsonl.rewrite(metrics, self.history))
+        self._samples = self._files.enter_context(jsonl.rewrite(samples, _until(step, jsonl.read(samples))))
+        if self.replay:
+            self.replay.rewind(step)
+        self._bar.n = step
+        self._bar.refresh()
 
     @contextmanager
     def step(self) -> Iterator[StepRecord]:
@@ -141,9 +189,11 @@ class RunRecord:
         yield step
         metrics = step.metrics
         self.history.append(metrics)
-        _append(self._metrics, metrics)
-        for sample in step.samples:
-            _append(self._samples, sample)
+        # Samples first: a step that has its metrics has all of its record.
+        jsonl.append(self._samples, step.samples)
+        if self.replay:
+            self.replay.record(metrics["step"], step.trajectories)
+        jsonl.append(self._metrics, [metrics])
         self._loggers.log({key: value for key, value in metrics.items() if key != "step"}, metrics["step"])
         self._bar.set_postfix_str(
             f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
@@ -165,7 +215,7 @@ class RunRecord:
             f"reward   {first:.3f} (mean of the first 10 steps) -> {last:.3f} (last 10)\n"
             f"parity   {mismatched} of {compared} sampled tokens differ between generator and trainer\n"
             f"{self._held_out()}"
-            f"outputs  {self.folder}: metrics.jsonl, samples.jsonl, config.toml, reward.png, tb/"
+            f"outputs  {self.folder}: report.html, metrics.jsonl, samples.jsonl, config.toml, tb/"
         )
 
     def _held_out(self) -> str:
@@ -212,10 +262,23 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def set_aside(config: JobConfig) -> Path | None:
-    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name."""
+    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name.
+
+    Raises:
+        ValueError: this one goes on with it, and its metrics or samples cannot be read (names file and line); or it is
+            to log to Weights & Biases, which is not installed.
+    """
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        raise ValueError(
+            "[metrics] enable_wandb: there is no package wandb; install it (pip install wandb) or turn it off"
+        )
     folder = Path(config.job.dump_folder)
-    resumes = config.checkpoint.enable and (folder / config.checkpoint.folder).exists()
-    if resumes or not (folder / "metrics.jsonl").exists():
+    if config.checkpoint.enable and (folder / config.checkpoint.folder).exists():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            for _ in jsonl.read(folder / name):
+                pass
+        return None
+    if not (folder / "metrics.jsonl").exists():
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -224,28 +287,13 @@ def set_aside(config: JobConfig) -> Path | None:
     return aside
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, without a last line that was cut off in the middle of writing."""
-    if not path.exists():
-        return []
-    *rows, _ = path.read_text().split("\n")
-    try:
-        return [json.loads(row) for row in rows]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSONL ({error}): mend it or move the folder away") from error
+def _until(step: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if row["step"] <= step)
 
 
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> TextIO:
-    """Replaces the file by `rows` and returns it open for more; a crash leaves the old file or the new one."""
-    draft = path.with_suffix(".tmp")
-    file = open(draft, "w")
-    for row in rows:
-        _append(file, row)
-    draft.rename(path)
-    return file
-
-
-def _append(file, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+def _ending(kind: type[BaseException] | None, error: BaseException | None) -> str:
+    """How a run ended, for its report; empty where all went well."""
+    if kind is None:
+        return ""
+    interrupted = issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError))
+    return "interrupted" if interrupted else f"failed: {error}"

@@ -5,6 +5,8 @@
 
 """The RL job: `python simple_rl_multiprocess.py [--job.config_file X.toml] [--section.key value ...]`.
 
+`--dry_run` says what a job would do and starts nothing.
+
 Sample a group of completions for each prompt, reward them, take one optimizer step on their group-relative
 advantages, send the new weights to the generators, and again. The trainer is a mesh of Monarch actors over torchtitan's
 Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and `train`, meet in a TrajectoryQueue.
@@ -154,12 +156,20 @@ async def attempt(config: JobConfig, meshes, task, evaluation) -> str:
         return record.summary()
 
 
-async def run(config: JobConfig) -> str:
-    """Checks the job, starts its processes, trains; returns the summary."""
+async def run(config: JobConfig, dry_run: bool = False) -> str:
+    """Checks the job, starts its processes, trains; returns the summary (the plan if `dry_run`)."""
+    from torchtitan.experiments.rl.unified.plan import plan_job
     from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
     from torchtitan.experiments.rl.unified.rollout.task import Task
 
     with closing(Task(config)) as task, closing(Evaluation(config)) as evaluation:
+        plan = plan_job(config)
+        if dry_run:
+            print(plan.text())
+        for warning in plan.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
+        if dry_run:
+            return "nothing was started"
         if find_start(config).finished:
             return f"no step was taken: {config.job.dump_folder} stands at its last step"
         # Monarch starts threads at import: only a job that can run gets that far.
@@ -187,9 +197,9 @@ def main(args: list[str]) -> int:
     """Exit status: 0 after the last step, 1 for a job that cannot run or that failed, 130 after Ctrl-C."""
     quiet_libraries()
     try:
-        config = load_job_config(args)
+        config = load_job_config([arg for arg in args if arg != "--dry_run"])
         honour_environment(config)
-        print(asyncio.run(run(config)))
+        print(asyncio.run(run(config, dry_run="--dry_run" in args)))
     except (ValueError, CheckpointError, NonFiniteError, ParityError, ProcessLost, WeightTransferError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,10 +24,12 @@ class Scored:
     Attributes:
         rewards: total and parts of each.
         advantages: fp32 (trajectories,).
+        inputs: what was judged.
     """
 
     rewards: list[RewardResult]
     advantages: torch.Tensor
+    inputs: list[RewardInput]
 
 
 class Task:
@@ -73,11 +75,12 @@ class Task:
     def score(self, trajectories: list[Trajectory]) -> Scored:
         """Rewards and advantages of the completions of one step's requests, in their order."""
         asked = [self._prompts[trajectory.request.row] for trajectory in trajectories]
-        rewards = self.rewards.score(reward_inputs(asked, trajectories, self.config.sampling.max_tokens))
+        inputs = reward_inputs(asked, trajectories, self.config.sampling.max_tokens)
+        rewards = self.rewards.score(inputs)
         if self.config.rl.truncated_completions == "zero_reward":
             rewards = [replace(r, total=0.0) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
-        return Scored(rewards, self.estimate(rewards_PG).flatten())
+        return Scored(rewards, self.estimate(rewards_PG).flatten(), inputs)
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"

@@ -1,0 +1,99 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The plan of a job: what it says is what the job's configuration means, and an impossible one is refused."""
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+from torchtitan.experiments.rl.unified.job_config import load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.plan import checkpoint_steps, count_parameters, GIB, plan_job
+from torchtitan.experiments.rl.unified.provenance import machine, sha256, versions
+
+
+def test_tied_weights_count_once():
+    assert count_parameters(load_job_config([])) == 459_520
+    qwen = load_job_config(["--job.config_file", str(TRAIN_CONFIGS / "qwen3_0.6b_unified.toml")])
+    assert count_parameters(qwen) == 596_049_920  # As the checkpoint's card says: 0.6 B.
+
+
+def test_shards_share_weights_and_replicas_do_not():
+    def trainer(*flags: str):
+        return plan_job(load_job_config(list(flags))).groups[1]
+
+    flags = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree")
+    ddp, hsdp = trainer(*flags, "1"), trainer(*flags, "2")
+    assert (ddp.count, hsdp.count) == (2, 4)
+    assert ddp.memory["weights"] == 459_520 * 4 and hsdp.memory["weights"] == ddp.memory["weights"] // 2
+    assert ddp.memory["optimizer"] == 2 * ddp.memory["weights"] and ddp.memory["reference policy"] == 0
+    assert trainer(*flags, "1", "--policy_loss.kl_weight", "0.1").memory["reference policy"] == ddp.memory["weights"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], []),
+        (["--checkpoint.enable", "--checkpoint.interval", "4"], [4, 8, 10]),
+        (["--checkpoint.enable", "--checkpoint.interval", "50", "--checkpoint.enable_first_step_checkpoint"], [1, 10]),
+        (["--checkpoint.enable", "--checkpoint.load_only"], []),
+    ],
+)
+def test_checkpoints_are_foretold(flags, expected):
+    assert checkpoint_steps(load_job_config(["--training.steps", "10", *flags])) == expected
+
+
+def test_too_many_threads_and_too_little_memory():
+    plan = replace(plan_job(load_job_config([])), cores=2, memory_bytes=100 * GIB, on_host=True)
+    assert plan.warnings() == []
+    assert replace(plan, cores=1).warnings() == [
+        f"{max(g.count * g.threads for g in plan.groups[1:])} compute threads run at once on 1 cores: they will wait "
+        "for each other"
+    ]
+    tight = replace(plan, memory_bytes=int(plan.total_bytes * 1.1)).warnings()
+    assert len(tight) == 1 and "of memory are needed (1 x controller" in tight[0]
+    with pytest.raises(ValueError, match="this machine has 1.00 GiB: use fewer ranks"):
+        replace(plan, memory_bytes=GIB).warnings()
+
+
+def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    folder = tmp_path / "run"
+    status = simple_rl_multiprocess.main(["--dry_run", "--job.dump_folder", str(folder), "--rl.group_size", "4"])
+    said = capsys.readouterr().out
+    assert status == 0, said
+    for text in (
+        "459,520 parameters",
+        "2 x trainer rank (DDP 2)",
+        "16 prompts x 4 completions = 64",
+        "at most 4,096 a step",
+    ):
+        assert text in said
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are not in the host's memory")
+def test_a_job_that_cannot_fit_is_refused_before_it_starts(tmp_path, capsys):
+    folder = tmp_path / "run"
+    status = simple_rl_multiprocess.main(["--job.dump_folder", str(folder), "--generator.kv_cache_gib", "1e6"])
+    error = capsys.readouterr().err.strip()
+    assert status == 1 and error.startswith("error: about 1000") and "\n" not in error
+    assert not folder.exists()
+
+
+def test_provenance_names_what_decides_the_bits(tmp_path):
+    assert {
+        "python",
+        "torch",
+        "torchtitan",
+        "torchmonarch",
+        "transformers",
+        "torchtitan-rl-unified",
+    } <= versions().keys()
+    assert {"cpu", "cpu_flags", "cores", "cpu_capability"} <= machine().keys()
+    (tmp_path / "b").write_bytes(b"abc")
+    assert sha256([tmp_path / "b"]) == {"b": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
