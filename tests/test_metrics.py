@@ -13,12 +13,13 @@ import pytest
 import torch
 from torchtitan.experiments.rl.unified import metrics as metrics_module
 from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.metrics import notable, RunRecord, set_aside, timed
+from torchtitan.experiments.rl.unified.metrics import notable, RunRecord, set_aside
 from torchtitan.experiments.rl.unified.parity import ParityReport
 from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, RewardResult
 from torchtitan.experiments.rl.unified.rollout.task import Scored
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 from torchtitan.experiments.rl.unified.step_stats import StepStats
+from torchtitan.experiments.rl.unified.timing import timed
 from torchtitan.experiments.rl.unified.trainer import StepResult
 
 
@@ -49,21 +50,22 @@ def take(record: RunRecord, step: int, version: int | None = None, evaluation: d
         RewardInput(f"prompt {step}", t.text, "#### 1", len(t.completion_ids), t.truncated, 8) for t in trajectories
     ]
     scored = Scored(rewards, torch.tensor([-1.0, 1.0, -1.0, 0.0]), inputs)
-    with record.step() as entry:
-        with timed(entry.phases, "train"):
-            pass
-        entry.phases["generate"] = 2.5
-        entry.evaluation = evaluation
-        result = StepResult(
-            step=step,
-            loss=0.1,
-            grad_norm=1.0,
-            lr=1e-4,
-            parity=ParityReport(tokens_compared=14),
-            stats=StepStats(tokens=14, entropy=28.0),
-            checkpoint_due=False,
-        )
-        entry.finish(trajectories, scored, [result])
+    entry = record.first()
+    with timed(entry.phases, "train"):
+        pass
+    entry.phases["generate"] = 2.5
+    entry.evaluation = evaluation or {}
+    result = StepResult(
+        step=step,
+        loss=0.1,
+        grad_norm=1.0,
+        lr=1e-4,
+        parity=ParityReport(tokens_compared=14),
+        stats=StepStats(tokens=14, entropy=28.0),
+        checkpoint_due=False,
+    )
+    entry.finish(trajectories, scored, [result])
+    record.write(entry)
 
 
 def lines(path: Path) -> list[dict]:

@@ -9,7 +9,6 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-import torchtitan.experiments.rl.unified.metrics  # noqa: F401  takes seconds: not inside a timeout
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightUpdate
 from torchtitan.experiments.rl.unified.rollout.queue import Batch, TrajectoryQueue
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import generate

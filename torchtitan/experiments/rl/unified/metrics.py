@@ -8,7 +8,7 @@
 import asyncio
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, ExitStack
+from contextlib import closing, ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -28,14 +28,6 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from torchtitan.experiments.rl.unified.trainer import StepResult
-
-
-@contextmanager
-def timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds that its block takes to `phases[name]`."""
-    start = time.perf_counter()
-    yield
-    phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
 
 
 class StepRecord:
@@ -182,11 +174,12 @@ class RunRecord:
         self._bar.n = step
         self._bar.refresh()
 
-    @contextmanager
-    def step(self) -> Iterator[StepRecord]:
-        """A step to fill; it is written when the block ends without an error."""
-        step = StepRecord(self.config)
-        yield step
+    def first(self) -> StepRecord:
+        """The first step to fill."""
+        return StepRecord(self.config)
+
+    def write(self, step: StepRecord) -> StepRecord:
+        """Adds a finished step to the files and to what the terminal shows; returns the next one, its clock running."""
         metrics = step.metrics
         self.history.append(metrics)
         # Samples first: a step that has its metrics has all of its record.
@@ -201,6 +194,7 @@ class RunRecord:
             f"parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
         )
         self._bar.update()
+        return StepRecord(self.config)
 
     def summary(self) -> str:
         """What came of the run and where it lies, some lines of text."""

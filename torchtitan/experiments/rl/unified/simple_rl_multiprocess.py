@@ -3,9 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""The RL job: `python simple_rl_multiprocess.py [--job.config_file X.toml] [--section.key value ...]`.
-
-`--dry_run` says what a job would do and starts nothing.
+"""The RL job: `python simple_rl_multiprocess.py [--dry_run] [--job.config_file X.toml] [--section.key value ...]`.
 
 Sample a group of completions for each prompt, reward them, take one optimizer step on their group-relative
 advantages, send the new weights to the generators, and again. The trainer is a mesh of Monarch actors over torchtitan's
@@ -15,7 +13,7 @@ Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and
 import asyncio
 import logging
 import sys
-from contextlib import AbstractContextManager, closing, ExitStack
+from contextlib import closing
 from typing import Any
 
 from torchtitan.experiments.rl.unified.checkpoint import CheckpointError, find_start
@@ -30,6 +28,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTrans
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.nonfinite import NonFiniteError
 from torchtitan.experiments.rl.unified.parity import ParityError
+from torchtitan.experiments.rl.unified.timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,6 @@ async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
 
     It waits for the version that its next batch is due under, which `train` publishes; it ends on the last version.
     """
-    from torchtitan.experiments.rl.unified.metrics import timed
     from torchtitan.experiments.rl.unified.rollout.queue import Batch
 
     try:
@@ -67,57 +65,53 @@ async def train(config: JobConfig, meshes, queue, task, evaluation, record) -> N
 
     It waits for the next batch, and for the generators to have taken the version before; `generate` brings both.
     """
-    from torchtitan.experiments.rl.unified.metrics import timed
-
-    sync: dict[str, float] = {}
-    with timed(sync, "sync"):
-        await queue.publish(await meshes.trainer.send_weights())
-    for version in range(queue.first, config.training.steps):
-        with ExitStack() as stack:
-            step = stack.enter_context(record.step())
-            if version == 0 and evaluation.due(0):
-                with timed(step.phases, "evaluate"):
-                    step.evaluation |= await queue.evaluation(0)
-            with timed(step.phases, "wait"):
-                batch = await queue.get()
-            with timed(step.phases, "reward"):
-                scored = await asyncio.to_thread(task.score, batch.trajectories)
-            step.phases.update(batch.seconds | sync)
-            recording = stack.pop_all()
-        await _uninterrupted(_take_step(config, meshes, queue, task, evaluation, recording, step, batch, scored))
-        sync.clear()
-        with timed(sync, "sync"):
-            if queue.published == version:
-                await queue.taken()
-                await queue.publish(await meshes.trainer.send_weights())
+    step = record.first()
+    await publish(meshes, queue, step)
+    if queue.first == 0 and evaluation.due(0):
+        with timed(step.phases, "evaluate"):
+            step.evaluation |= await queue.evaluation(0)
+    while queue.published < config.training.steps:
+        with timed(step.phases, "wait"):
+            batch = await queue.get()
+        with timed(step.phases, "reward"):
+            scored = await asyncio.to_thread(task.score, batch.trajectories)
+        step = await _uninterrupted(take_step(config, meshes, queue, task, evaluation, record, step, batch, scored))
     await queue.taken()
 
 
-async def _take_step(
-    config: JobConfig, meshes, queue, task, evaluation, recording: AbstractContextManager, step, batch, scored
-) -> None:
-    """One step, its record, and then its checkpoint: what is started again drops lines of the record, but adds none.
+async def take_step(config: JobConfig, meshes, queue, task, evaluation, record, step, batch, scored):
+    """Trains on one batch, publishes what came of it, records it and then saves it: what is saved is on record.
 
-    The record of a step holds the evaluation of what came of it, if one is due: its version is then published in here.
+    Returns:
+        The record of the next step.
     """
-    from torchtitan.experiments.rl.unified.metrics import timed
-
-    with recording:
-        with timed(step.phases, "train"):
-            results = await meshes.trainer.step(batch.trajectories, scored.advantages)
-        version = results[0].step
-        if results[0].checkpoint_due:
+    with timed(step.phases, "train"):
+        results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+    version, due = results[0].step, results[0].checkpoint_due
+    if due:
+        with timed(step.phases, "wait"):
             waiting = await queue.settled(version, config.training.steps)
-            batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
-            state = {"task": task.state_dict(), "batches": batches}
-        if evaluation.due(version):
-            with timed(step.phases, "evaluate"):
-                await queue.taken()
-                await queue.publish(await meshes.trainer.send_weights())
-                step.evaluation |= await queue.evaluation(version)
-        step.finish(batch.trajectories, scored, results)
-    if results[0].checkpoint_due:
-        await meshes.trainer.save(state)
+        batches = [[trajectory.to_dict() for trajectory in batch.trajectories] for batch in waiting]
+        state = {"task": task.state_dict(), "batches": batches}
+    await publish(meshes, queue, step)
+    if evaluation.due(version):
+        with timed(step.phases, "evaluate"):
+            step.evaluation |= await queue.evaluation(version)
+    step.phases |= batch.seconds
+    step.finish(batch.trajectories, scored, results)
+    step = record.write(step)
+    if due:
+        with timed(step.phases, "save"):
+            await meshes.trainer.save(state)
+    return step
+
+
+async def publish(meshes, queue, step) -> None:
+    """Hands the trainer's weights to the generators, once those have taken the version before."""
+    with timed(step.phases, "wait"):
+        await queue.taken()
+    with timed(step.phases, "sync"):
+        await queue.publish(await meshes.trainer.send_weights())
 
 
 async def _uninterrupted(work) -> Any:
