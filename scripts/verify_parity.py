@@ -71,7 +71,7 @@ class Pair:
 
     def sync(self) -> None:
         """Brings the trainer's weights to the generator as the job does."""
-        transport = build_transport(self.config.weight_sync.transport)
+        transport = build_transport(self.config)
         update = transport.send(
             self.trainer.step, self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
         )

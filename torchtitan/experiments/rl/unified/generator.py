@@ -5,14 +5,22 @@
 
 """The policy's generator: vLLM's engine in this process, with weights that can be replaced in place."""
 
+import functools
 import os
 import pickle
 from typing import Any, TYPE_CHECKING
 
 import torch
 from torchtitan.experiments.rl.unified.infra.process import threads_of_rank
-from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport, WeightUpdate
+from torchtitan.experiments.rl.unified.infra.weight_transport import (
+    build_transport,
+    Receiver,
+    WeightTransferError,
+    WeightUpdate,
+)
+from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
 from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.model.placement import not_placed
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 if TYPE_CHECKING:
@@ -30,7 +38,9 @@ class Generator:
 
     def __init__(self, job_config: JobConfig) -> None:
         self.config = job_config
-        self.policy_version = -1
+        # -1: the checkpoint's; None: an update failed half way.
+        self.policy_version: int | None = -1
+        self.transport = build_transport(job_config)
         generator = job_config.generator
         self.engine = build_engine(
             job_config.model.hf_assets_path,
@@ -51,7 +61,15 @@ class Generator:
         )
 
     def generate(self, requests: list[Request]) -> list[Trajectory]:
-        """Samples one completion for each request, in the requests' order."""
+        """Samples one completion for each request, in the requests' order.
+
+        Raises:
+            WeightTransferError: a weight update failed half way.
+        """
+        if self.policy_version is None:
+            raise WeightTransferError(
+                "the engine's weights are a mix of versions after a failed update: start it again"
+            )
         from vllm import SamplingParams, TokensPrompt
 
         settings = [request.sampling or self.config.sampling for request in requests]
@@ -74,16 +92,37 @@ class Generator:
         return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def update_weights(self, update: WeightUpdate) -> int:
-        """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs."""
+        """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs.
+
+        All or nothing: no rank copies before every rank has checked every tensor, and the engine's own memory is read
+        back afterwards.
+
+        Raises:
+            WeightTransferError: what is wrong with which tensor. The engine still runs its old version; only if the
+                failure came after the first copy does it refuse to generate.
+        """
+        fetched = self.transport.fetch(update)
         # As bytes: the engine's messages know no dataclasses.
-        args = (pickle.dumps(update), self.config.weight_sync.transport)
-        self.engine.collective_rpc("update_policy_weights", args=args)
+        self._ask_ranks("stage_policy_weights", pickle.dumps(fetched))
+        self.policy_version = None
+        self._ask_ranks("commit_policy_weights")
         if not self.engine.reset_prefix_cache():
             raise RuntimeError(
                 f"requests ran during the update to version {update.version}: their prefix cache is stale"
             )
         self.policy_version = update.version
         return self.policy_version
+
+    def close(self) -> None:
+        """Frees what this end of the weight transport holds."""
+        self.transport.close()
+
+    def _ask_ranks(self, method: str, *args: Any) -> None:
+        """Calls a method of PolicyWorker on every rank of the engine; raises the first complaint."""
+        complaints = self.engine.collective_rpc(method, timeout=self.config.trainer.timeout_seconds, args=args)
+        for rank, complaint in enumerate(complaints):
+            if complaint:
+                raise WeightTransferError(f"generator rank {rank}: {complaint}")
 
     def _trajectory(self, request: Request, completion) -> Trajectory:
         ids = list(completion.token_ids)
@@ -104,12 +143,69 @@ def _ranks_on_host(job_config: JobConfig) -> int:
 
 
 class PolicyWorker:
-    """What this experiment adds to vLLM's workers (engine argument `worker_extension_cls`)."""
+    """What this experiment adds to vLLM's workers (engine argument `worker_extension_cls`).
 
-    def update_policy_weights(self, update: bytes, transport: str) -> None:
-        """Fetches a pickled WeightUpdate and copies it over the weights; raises before the first copy if damaged."""
-        with build_transport(transport).receive(pickle.loads(update)) as weights:
-            self.model_runner.get_model().update_weights(weights)
+    Methods return what went wrong, empty if nothing did: an exception would lose its class on the way.
+    """
+
+    def stage_policy_weights(self, update: bytes) -> str:
+        """Checks a pickled WeightUpdate, every byte of it, and changes nothing."""
+        self.policy_update = pickle.loads(update)
+        try:
+            self.policy_weights = self.policy_receiver.receive(self.policy_update)
+            _check_fits(self.model_runner.get_model(), self.policy_update)
+        except WeightTransferError as error:
+            return str(error)
+        return ""
+
+    def commit_policy_weights(self) -> str:
+        """Copies what was staged over the engine's weights, and reads them back."""
+        model = self.model_runner.get_model()
+        try:
+            model.update_weights(self.policy_weights.items())
+            self.policy_receiver.check_still_there(self.policy_update)
+            _check_arrived(model, self.policy_update, self.policy_weights)
+        except WeightTransferError as error:
+            return str(error)
+        finally:
+            self.policy_weights = None
+        return ""
+
+    @functools.cached_property
+    def policy_receiver(self) -> Receiver:
+        return Receiver()
+
+
+def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:
+    """The update brings each weight of the engine's model, in its shape and dtype, and no other."""
+    placements = model.placements()
+    given = {entry.spec.name: entry.spec for entry in update.entries}
+    if placements.keys() != given.keys():
+        raise WeightTransferError(
+            f"weights of version {update.version} are not those of the engine's model: "
+            f"{sorted(placements.keys() ^ given.keys())} do not match"
+        )
+    for name, placement in placements.items():
+        expected, found = (placement.local.dtype, placement.shape), (given[name].dtype, given[name].shape)
+        if expected != found:
+            raise WeightTransferError(
+                f"weights of version {update.version}: {name} came as {found}, the engine has {expected}"
+            )
+    if unreached := not_placed(model, placements):
+        raise WeightTransferError(f"no weight update reaches {unreached} of the engine's model")
+
+
+def _check_arrived(model: torch.nn.Module, update: WeightUpdate, weights: dict[str, torch.Tensor]) -> None:
+    """The engine's memory holds the bytes of the update: read from the model, whatever the copy believes."""
+    placements = model.placements()
+    for entry in update.entries:
+        placement = placements[entry.spec.name]
+        expected = entry.checksum if placement.whole else checksum(placement.part_of(weights[entry.spec.name]))
+        if checksum(placement.local) != expected:
+            raise WeightTransferError(
+                f"weights of version {update.version}: the engine does not hold {entry.spec.name} after the update; "
+                "its weights are a mix of versions, start it again"
+            )
 
 
 def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_threads: int = 0) -> None:

@@ -200,8 +200,13 @@ class Parity:
 
 @dataclass
 class WeightSync:
-    transport: Literal["shared_memory"] = "shared_memory"
-    """How new weights reach the generator"""
+    transport: Literal["shared_memory", "file", "monarch"] = "shared_memory"
+    """How new weights reach the generators: memory of this host, files in a folder that all hosts mount, or Monarch's
+    RDMABuffer (TCP where there is no RDMA)"""
+
+    folder: str = ""
+    """Transport "file": a folder for this job's weights alone, on a file system that all its hosts mount; empty:
+    "weights" in job.dump_folder"""
 
 
 @dataclass

@@ -31,6 +31,7 @@ from torchtitan.experiments.rl.unified.checkpoint import (
     Start,
 )
 from torchtitan.experiments.rl.unified.infra.parallelize import parallelize_policy
+from torchtitan.experiments.rl.unified.infra.weight_transport import PolicyWeights, TensorSpec
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.logprobs import sampling_entropy, sampling_logprobs
 from torchtitan.experiments.rl.unified.loss import kl_k3, policy_loss, tis_weight
@@ -240,11 +241,18 @@ class RLTrainer(Trainer):
         """fp32 log-probs of the microbatch's sampled tokens, in order, under the sampling distribution."""
         return self._sampling_logprobs(self._sampled_logits(microbatch), microbatch)
 
-    def policy_weights(self, dtype: torch.dtype):
-        """Yields (name, full tensor in `dtype`) of every parameter, tied ones once. Collective over the trainer."""
-        for name, param in self.model_parts[0].named_parameters():
-            full = param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
-            yield name.replace(_CHECKPOINT_PREFIX, ""), full.to(dtype)
+    def policy_weights(self, dtype: torch.dtype) -> PolicyWeights:
+        """Every parameter under its name, tied ones once, to arrive as `dtype`.
+
+        Its stream is collective over the trainer: every rank must consume it. A shard is cast before it is gathered.
+        """
+        params = {name.replace(_CHECKPOINT_PREFIX, ""): param for name, param in self.model_parts[0].named_parameters()}
+
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, param in params.items():
+                yield name, param.detach().to(dtype).full_tensor() if isinstance(param, DTensor) else param.detach()
+
+        return PolicyWeights([TensorSpec(name, dtype, tuple(p.shape)) for name, p in params.items()], stream())
 
     def _sampled_logits(self, microbatch: Microbatch) -> torch.Tensor:
         """(sampled tokens, vocab) logits that the microbatch's sampled tokens were drawn from."""

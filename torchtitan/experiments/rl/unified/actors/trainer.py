@@ -46,7 +46,7 @@ class TrainerActor(Actor):
 
         self.trainer = RLTrainer(self.config)
         self.trainer.load()
-        self.transport = build_transport(self.config.weight_sync.transport)
+        self.transport = build_transport(self.config)
         return self.trainer.step, self.trainer.task_state
 
     @endpoint
@@ -65,7 +65,7 @@ class TrainerActor(Actor):
         weights = self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
         if int(os.environ["RANK"]) == 0:
             return self.transport.send(self.trainer.step, weights)
-        for _ in weights:  # Gathering shards takes every rank.
+        for _ in weights.stream:  # Gathering shards takes every rank.
             pass
         return None
 

@@ -18,14 +18,15 @@ _FLAGS = ("-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fsigned-zeros
 
 
 @functools.cache
-def load_library(name: str) -> ctypes.CDLL:
-    """Compiles ``csrc/<name>.cpp`` and loads it.
+def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
+    """Compiles ``<name>.cpp`` and loads it.
 
     The build is inductor's own: torch's OpenMP runtime, ``-march=native``, a file lock against other processes, and
     a cache on disk (``TORCHINDUCTOR_CACHE_DIR``) keyed by source, flags and instruction set.
 
     Args:
-        name: file name in ``csrc``, without its suffix.
+        name: file name, without its suffix.
+        folder: where it lies; this folder's ``csrc`` if not given.
 
     Returns:
         The library; its functions' ``argtypes`` are the caller's to set.
@@ -36,14 +37,14 @@ def load_library(name: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    source = (_SOURCES / f"{name}.cpp").read_text()
+    source = (folder / f"{name}.cpp").read_text()
     # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
     source += f"\n// {torch.backends.cpu.get_cpu_capability()}\n"
     try:
         return CppCodeCache.load(source, extra_flags=_FLAGS, needs_vec_isa=False)
     except InvalidCxxCompiler as error:
         raise RuntimeError(
-            f"csrc/{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
+            f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
         ) from error
     except CppCompileError as error:
-        raise RuntimeError(f"csrc/{name}.cpp does not compile on this machine:\n{error}") from error
+        raise RuntimeError(f"{name}.cpp does not compile on this machine:\n{error}") from error

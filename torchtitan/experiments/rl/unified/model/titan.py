@@ -10,8 +10,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.experiments.rl.unified.infra.parallelize import apply_tensor_parallel, full_to_param
 from torchtitan.experiments.rl.unified.model.attention import replace_inner_attention
+from torchtitan.experiments.rl.unified.model.placement import Placement
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 from torchtitan.experiments.rl.unified.model.vllm_attention import PagedAttention
 from torchtitan.models.attention import VarlenMetadata
@@ -113,6 +116,17 @@ class TorchTitanForCausalLM(nn.Module):
             )
         for name, full in given.items():
             full_to_param(full, own[name])
+
+    def placements(self) -> dict[str, Placement]:
+        """Where this rank holds what of each of the TrainSpec model's parameters."""
+        placed = {}
+        for name, param in self.named_policy_parameters().items():
+            local, offsets = param.detach(), (0,) * param.ndim
+            if isinstance(param, DTensor):
+                local = local.to_local()
+                _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+            placed[name] = Placement(local, tuple(param.shape), tuple(offsets))
+        return placed
 
     def named_policy_parameters(self) -> dict[str, nn.Parameter]:
         """The TrainSpec model's parameters under the names of its state dict; a tied one stands once."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torchtitan.experiments.rl.unified import preflight
 from torchtitan.experiments.rl.unified.advantage import advantage_estimator
+from torchtitan.experiments.rl.unified.infra.weight_transport import check_transport
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.rollout.datasets import Prompt
 from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, RewardResult
@@ -48,6 +49,7 @@ class Task:
         preflight.check_batch(config)
         preflight.check_sampling(config)
         preflight.check_arithmetic(config)
+        check_transport(config)
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
         self.rewards = preflight.load_rewards(config)
         self.prompts = preflight.load_prompts(config)

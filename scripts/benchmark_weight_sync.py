@@ -1,0 +1,276 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Seconds that a weight update takes, by transport, against copying the same bytes once in memory.
+
+    python scripts/benchmark_weight_sync.py [--flavor 0.6B] [--transports shared_memory file monarch] [--rounds 5]
+    python scripts/benchmark_weight_sync.py --updates 1000
+
+The weights are random bf16 in the shape of a Qwen3 flavor. A sender and a receiver, two processes, take turns: the one
+sends, the other fetches, verifies, copies into its own tensors and reads those back, as trainer and generator do. The
+plain copy runs in between, round by round. Extra memory is what both processes hold beyond their own weights, shared
+pages counted once, at its peak.
+
+With --updates a tiny model is sent to a real engine that many times: the memory of both processes must stay flat.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import threading
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torchtitan.experiments.rl.unified.infra.weight_transport import (
+    build_transport,
+    PolicyWeights,
+    Receiver,
+    TensorSpec,
+    WeightUpdate,
+)
+from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+
+
+def random_weights(flavor: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random tensors with names and shapes of the flavor's parameters; tied ones once."""
+    spec = policy_train_spec("qwen3")
+    with torch.device("meta"):
+        model = spec.model_cls(spec.model_args[flavor])
+    numbers = torch.randn(1 << 20).to(dtype)
+    weights = {name: torch.empty(param.shape, dtype=dtype) for name, param in model.named_parameters()}
+    for tensor in weights.values():
+        for part in tensor.view(-1).split(len(numbers)):
+            part.copy_(numbers[: len(part)])
+    return weights
+
+
+def memory_bytes(field: str = "Pss") -> int:
+    """This process's memory; "Pss" counts a page that n processes share as 1/n of one."""
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+
+
+class PeakMemory:
+    """Samples this process's memory until stopped."""
+
+    def __init__(self) -> None:
+        self.peak, self._stop = memory_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak = max(self.peak, memory_bytes())
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self.peak
+
+
+def drop_from_page_cache(path: str) -> None:
+    """A reader on another host would have to fetch the file: the writer's cached pages must not help it."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def benchmark_actors():
+    """The two ends, as Monarch actors; defined here because Monarch starts threads at import."""
+    from monarch.actor import Actor, endpoint
+
+    class Sender(Actor):
+        @endpoint
+        def setup(self, config: JobConfig, flavor: str) -> int:
+            quiet_libraries()
+            self.weights = random_weights(flavor, torch.bfloat16)
+            self.copy = {name: tensor.clone() for name, tensor in self.weights.items()}
+            self.transport = build_transport(config)
+            return sum(tensor.nbytes for tensor in self.weights.values())
+
+        @endpoint
+        def plain_copy(self) -> float:
+            start = time.perf_counter()
+            for name, tensor in self.weights.items():
+                self.copy[name].copy_(tensor)
+            return time.perf_counter() - start
+
+        @endpoint
+        def send(self, version: int) -> tuple[float, WeightUpdate]:
+            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights.items()]
+            start = time.perf_counter()
+            update = self.transport.send(version, PolicyWeights(specs, iter(self.weights.items())))
+            seconds = time.perf_counter() - start
+            if self.transport.__class__.__name__ == "FileTransport":
+                drop_from_page_cache(update.location)
+            return seconds, update
+
+        @endpoint
+        def watch(self) -> int:
+            self.copy = None
+            self.peak = PeakMemory()
+            return self.peak.peak
+
+        @endpoint
+        def peak_memory(self) -> int:
+            return self.peak.stop()
+
+        @endpoint
+        def close(self) -> None:
+            self.transport.close()
+
+    class Engine(Actor):
+        @endpoint
+        def setup(self, config: JobConfig, flavor: str) -> None:
+            quiet_libraries()
+            self.weights = random_weights(flavor, torch.bfloat16)
+            self.transport, self.receiver = build_transport(config), Receiver()
+
+        @endpoint
+        def receive(self, update: WeightUpdate) -> float:
+            start = time.perf_counter()
+            fetched = self.transport.fetch(update)
+            for name, tensor in self.receiver.receive(fetched).items():
+                self.weights[name].copy_(tensor)
+            self.receiver.check_still_there(fetched)
+            for entry in update.entries:
+                assert checksum(self.weights[entry.spec.name]) == entry.checksum, entry.spec.name
+            return time.perf_counter() - start
+
+        @endpoint
+        def watch(self) -> int:
+            self.peak = PeakMemory()
+            return self.peak.peak
+
+        @endpoint
+        def peak_memory(self) -> int:
+            return self.peak.stop()
+
+        @endpoint
+        def close(self) -> None:
+            self.transport.close()
+
+    return Sender, Engine
+
+
+async def benchmark(transport: str, flavor: str, rounds: int, folder: Path) -> dict[str, float]:
+    """Medians over `rounds`, in seconds, after a first round that allocates; peak extra memory over the weights."""
+    async with two_ends(transport, flavor, folder) as (sender, engine, nbytes):
+        seconds = []
+        for version in range(rounds + 1):
+            copy = await sender.plain_copy.call_one()
+            send, update = await sender.send.call_one(version)
+            seconds.append((copy, send, await engine.receive.call_one(update)))
+    _, send, receive = seconds.pop(0)
+    print(f"{transport:14s} first round, which allocates: send {send:.2f} s + receive {receive:.2f} s")
+    # Again in new processes: the peak includes the first, allocating send.
+    async with two_ends(transport, flavor, folder) as (sender, engine, nbytes):
+        before = sum([await end.watch.call_one() for end in (sender, engine)])
+        for version in range(2):
+            await engine.receive.call_one((await sender.send.call_one(version))[1])
+        extra = sum([await end.peak_memory.call_one() for end in (sender, engine)]) - before
+    copy, send, receive = (statistics.median(column) for column in zip(*seconds, strict=True))
+    return {"copy": copy, "send": send, "receive": receive, "bytes": nbytes, "extra_memory": extra / nbytes}
+
+
+@asynccontextmanager
+async def two_ends(transport: str, flavor: str, folder: Path):
+    """Starts sender and engine in a process each; yields both and the size of the weights in bytes."""
+    from monarch.actor import this_host
+
+    config = load_job_config(["--weight_sync.transport", transport, "--weight_sync.folder", str(folder)])
+    procs = [this_host().spawn_procs(per_host={"ranks": 1}, name=name) for name in ("sender", "engine")]
+    ends = [proc.spawn(cls.__name__, cls) for proc, cls in zip(procs, benchmark_actors(), strict=True)]
+    nbytes, _ = await asyncio.gather(*(end.setup.call_one(config, flavor) for end in ends))
+    yield *ends, nbytes
+    for end in ends:
+        await end.close.call_one()
+    for proc in procs:
+        await proc.stop()
+
+
+async def benchmark_all(transports: list[str], flavor: str, rounds: int, folder: Path) -> None:
+    """Prints a line a transport."""
+    for transport in transports:
+        found = await benchmark(transport, flavor, rounds, folder)
+        total = found["send"] + found["receive"]
+        print(
+            f"{transport:14s} {found['bytes'] / 2**30:.2f} GiB: copy {found['copy']:.3f} s, send {found['send']:.3f} s "
+            f"+ receive {found['receive']:.3f} s = {total / found['copy']:.2f} copies, peak extra memory "
+            f"{found['extra_memory']:.2f} of the weights",
+            flush=True,
+        )
+
+
+def repeat_updates(transport: str, updates: int, folder: Path) -> None:
+    """Sends a tiny model from a process of its own to an engine in this one; asserts that nothing grows."""
+    from torch.multiprocessing import get_context
+    from torchtitan.experiments.rl.unified.generator import Generator
+
+    flags = ["--weight_sync.transport", transport, "--weight_sync.folder", str(folder)]
+    config = load_job_config(flags)
+    in_shared_memory = set(os.listdir("/dev/shm"))
+    here, there = get_context("spawn").Pipe()
+    sender = get_context("spawn").Process(target=_send_on_request, args=(there, config), daemon=True)
+    sender.start()
+    generator = Generator(config)
+    start, sizes = time.perf_counter(), []
+    for version in range(1, updates + 1):
+        here.send(version)
+        if not here.poll(60):
+            raise TimeoutError(f"waited 60 s for version {version} from the sender")
+        update, sender_bytes = here.recv()
+        assert generator.update_weights(update) == generator.policy_version == version
+        sizes.append((sender_bytes, memory_bytes("Rss")))
+    seconds = time.perf_counter() - start
+    here.send(None)
+    sender.join(30)
+    generator.close()
+    left = sorted(set(os.listdir("/dev/shm")) - in_shared_memory)
+    for name, column in zip(("sender", "engine"), zip(*sizes, strict=True), strict=True):
+        early, late = max(column[: updates // 5]), max(column[updates // 5 :])
+        print(f"{transport}: {name} {early / 2**20:.1f} MiB in the first fifth, {late / 2**20:.1f} MiB after")
+        assert late <= early * 1.02, f"the {name} grew"
+    assert not left, f"left in /dev/shm: {left}"
+    print(f"{transport}: {updates} updates in {seconds:.0f} s, version right each time, nothing left behind")
+
+
+def _send_on_request(pipe, config: JobConfig) -> None:
+    weights = random_weights(config.model.flavor, getattr(torch, config.generator.dtype))
+    transport = build_transport(config)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+    while (version := pipe.recv()) is not None:
+        for tensor in weights.values():
+            tensor.add_(1e-3)
+        pipe.send((transport.send(version, PolicyWeights(specs, iter(weights.items()))), memory_bytes("Rss")))
+    transport.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flavor", default="0.6B", help="of the Qwen3 TrainSpec")
+    parser.add_argument("--transports", nargs="+", default=["shared_memory", "file", "monarch"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=0, help="send a tiny model to an engine that often instead")
+    parser.add_argument("--folder", type=Path, help='where transport "file" writes; default: the temporary directory')
+    args = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.updates:
+            for transport in args.transports:
+                if transport != "monarch":  # It needs actors; it is shared memory at both ends.
+                    repeat_updates(transport, args.updates, Path(folder))
+            return
+        asyncio.run(benchmark_all(args.transports, args.flavor, args.rounds, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""How new weights travel from the trainer to the generators, chosen by `[weight_sync] transport`."""
+
+import os
+import socket
+from pathlib import Path
+
+from torchtitan.experiments.rl.unified.infra.weight_transport.base import (
+    PolicyWeights,
+    TensorSpec,
+    WeightTransferError,
+    WeightTransport,
+    WeightUpdate,
+)
+from torchtitan.experiments.rl.unified.infra.weight_transport.file import FileTransport
+from torchtitan.experiments.rl.unified.infra.weight_transport.receiver import Receiver
+from torchtitan.experiments.rl.unified.infra.weight_transport.shared_memory import SharedMemoryTransport
+from torchtitan.experiments.rl.unified.job_config import JobConfig
+
+__all__ = [
+    "build_transport",
+    "check_transport",
+    "FileTransport",
+    "PolicyWeights",
+    "Receiver",
+    "SharedMemoryTransport",
+    "TensorSpec",
+    "WeightTransferError",
+    "WeightTransport",
+    "WeightUpdate",
+]
+
+
+def build_transport(config: JobConfig) -> WeightTransport:
+    """The job's transport, for either end."""
+    # Where generators work ahead, the version they use must outlive the sending of the next.
+    slots = 2 if config.trajectory_queue.max_staleness else 1
+    match config.weight_sync.transport:
+        case "shared_memory":
+            return SharedMemoryTransport(slots)
+        case "file":
+            return FileTransport(_folder(config), slots)
+        case "monarch":
+            # Monarch starts threads at import.
+            from torchtitan.experiments.rl.unified.infra.weight_transport.monarch import MonarchTransport
+
+            return MonarchTransport(config.trainer.timeout_seconds, slots)
+    raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
+
+
+def check_transport(config: JobConfig) -> None:
+    """The job's hosts can reach each other by its transport.
+
+    Raises:
+        ValueError: they cannot; names the transport that can.
+    """
+    hosts = {_host(address) for address in (*config.cluster.trainer, *config.cluster.generators)}
+    if not (config.cluster.trainer and config.cluster.generators):
+        hosts.add("this host")
+    if config.weight_sync.transport == "shared_memory" and len(hosts) > 1:
+        raise ValueError(
+            f'[weight_sync] transport = "shared_memory" stays on one host; [cluster] has {", ".join(sorted(hosts))}: '
+            'use "monarch", or "file" with a folder that all of them mount'
+        )
+    if config.weight_sync.transport == "file":
+        folder = _folder(config)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"[weight_sync] folder {folder} cannot be made: {existing} is not a folder to write in")
+
+
+def _folder(config: JobConfig) -> Path:
+    return Path(config.weight_sync.folder or Path(config.job.dump_folder) / "weights").absolute()
+
+
+def _host(address: str) -> str:
+    """The host of an address such as "tcp://node1:26600"."""
+    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]") or address
+    local = host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
+    return "this host" if local else host

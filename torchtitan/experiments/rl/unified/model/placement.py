@@ -1,0 +1,49 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Where an engine's process keeps the policy's weights, so that what arrived there can be read back and proven."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This rank's part of one of the policy's tensors.
+
+    Attributes:
+        local: the engine's own memory, perhaps a slice of a fused parameter.
+        shape: of the full tensor.
+        offsets: where `local` begins in it, for each dimension.
+    """
+
+    local: torch.Tensor
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank has all of it."""
+        return tuple(self.local.shape) == self.shape
+
+    def part_of(self, full: torch.Tensor) -> torch.Tensor:
+        """What `local` should equal, a view of `full`."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.local.shape, strict=True)):
+            full = full.narrow(dim, offset, size)
+        return full
+
+
+def not_placed(model: nn.Module, placements: Mapping[str, Placement]) -> list[str]:
+    """Parameters of `model` that hold no placement's memory: a weight update would not reach them."""
+    reached = {placement.local.untyped_storage().data_ptr() for placement in placements.values()}
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, param in named if _local(param).untyped_storage().data_ptr() not in reached]
+
+
+def _local(param: torch.Tensor) -> torch.Tensor:
+    return param.to_local() if hasattr(param, "to_local") else param
