@@ -6,6 +6,7 @@
 """What parity costs: generation and a training step, with the batch-invariant arithmetic on and off, in turn.
 
     python scripts/benchmark_parity.py [--dtype float32] [--rounds 5]
+    python scripts/benchmark_parity.py --dtype bfloat16 --flavor 0.6B --requests 256 --profile      on a GPU
 
 Generation: two engines of one random model in two processes that take turns, 32 requests, contexts up to 1,000
 tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops
@@ -19,45 +20,68 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from random_checkpoint import RANDOM, write_random_checkpoint
 from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, TRAIN_CONFIGS
 from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, StockAttention
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.model.spec import TINY_QWEN3
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
-REQUESTS, PROMPT_TOKENS, SAMPLED_TOKENS = 32, 900, 100
+PROMPT_TOKENS, SAMPLED_TOKENS = 900, 100
 
 
-def job(folder: Path, dtype: str, mode: str, parity: str) -> JobConfig:
-    flags = ["--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype, "--parity.check", parity]
-    flags += [
-        "--training.seq_len",
-        "1024",
-        "--sampling.max_tokens",
-        str(SAMPLED_TOKENS),
-        "--generator.kv_cache_gib",
-        "1",
-    ]
-    flags += ["--parallelism.data_parallel_replicate_degree", "1", "--job.dump_folder", str(folder / "out")]
-    config = load_job_config(flags)
-    write_random_checkpoint(folder / "model", "random", {**MODEL, "max_seq_len": 1024})
+def job(folder: Path, args: argparse.Namespace, parity: str) -> JobConfig:
+    settings = {
+        "job.config_file": TRAIN_CONFIGS / "debug_cpu.toml",
+        "job.dump_folder": folder / "out",
+        "rl.mode": args.mode,
+        "generator.dtype": args.dtype,
+        "training.dtype": args.dtype,
+        "training.mixed_precision_param": args.dtype,
+        "parity.check": parity,
+        "training.seq_len": 1024,
+        "sampling.max_tokens": SAMPLED_TOKENS,
+        "generator.kv_cache_gib": 16 if torch.cuda.is_available() else 1,
+        "generator.max_num_seqs": 256,
+        "parallelism.data_parallel_replicate_degree": 1,
+    }
+    config = load_job_config([str(word) for key, value in settings.items() for word in (f"--{key}", value)])
+    model = MODEL
+    if args.flavor:
+        flavor = policy_train_spec("qwen3").model_args[args.flavor]
+        model = {name: getattr(flavor, name) for name in TINY_QWEN3}
+    write_random_checkpoint(folder / "model", "random", {**model, "max_seq_len": 1024})
     config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, "random", str(folder / "model")
     return config
 
 
-def requests() -> list[Request]:
+def requests(count: int) -> list[Request]:
     generator = torch.Generator().manual_seed(0)
-    lengths = [PROMPT_TOKENS * (i + 1) // REQUESTS for i in range(REQUESTS)]
+    lengths = [PROMPT_TOKENS * (i + 1) // count for i in range(count)]
     prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in lengths]
     return [Request(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
 
 
-def generate_when_told(config: JobConfig) -> None:
-    """An engine's side: for each line on stdin, one batch; answers with its seconds."""
+def profiled(what: str, work: Callable[[], object]) -> None:
+    """Runs `work` once more and prints the kernels that took the GPU's time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    for event in events[:8]:
+        share = event.self_device_time_total / total
+        print(f"  {what}: {share:4.0%} {event.count:7} x {event.key[:110]}", file=sys.stderr, flush=True)
+
+
+def generate_when_told(config: JobConfig, args: argparse.Namespace) -> None:
+    """An engine's side: for each line on stdin, one batch; answers with its tokens per second."""
     from torchtitan.experiments.rl.unified.generator import Generator
 
     generator = Generator(config)
@@ -65,14 +89,17 @@ def generate_when_told(config: JobConfig) -> None:
     for _ in sys.stdin:
         generator.engine.reset_prefix_cache()
         start = time.perf_counter()
-        trajectories = generator.generate(requests())
+        trajectories = generator.generate(requests(args.requests))
         seconds = time.perf_counter() - start
         print(sum(len(t.completion_ids) for t in trajectories) / seconds, flush=True)
+    if args.profile:
+        generator.engine.reset_prefix_cache()
+        profiled(f"generation, parity {args.engine}", lambda: generator.generate(requests(args.requests)))
 
 
-def benchmark_generation(dtype: str, mode: str, rounds: int) -> dict[str, float]:
+def benchmark_generation(args: argparse.Namespace) -> dict[str, float]:
     """Sampled tokens per second, prefill included."""
-    command = [sys.executable, __file__, "--dtype", dtype, "--mode", mode, "--engine"]
+    rounds, command = args.rounds, [sys.executable, *sys.argv, "--engine"]
     engines = {
         name: subprocess.Popen(
             [*command, "assert" if name == "on" else "off"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -92,11 +119,11 @@ def benchmark_generation(dtype: str, mode: str, rounds: int) -> dict[str, float]
                 rates[name].append(rate)
     for engine in engines.values():
         engine.stdin.close()
-        engine.wait(60)
+        engine.wait(120)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:
+def benchmark_training(config: JobConfig, args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of a whole optimizer step."""
     from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
 
@@ -108,18 +135,23 @@ def benchmark_training(config: JobConfig, rounds: int) -> dict[str, float]:
     trainer.load()
     completion = list(range(3, 3 + SAMPLED_TOKENS))
     logprobs = torch.full((SAMPLED_TOKENS,), -6.0)
-    trajectories = [Trajectory(request, completion, logprobs, 0, "stop", "") for request in requests()[:16]]
+    trajectories = [
+        Trajectory(request, completion, logprobs, 0, "stop", "") for request in requests(args.requests)[::2]
+    ]
     tokens = sum(len(t.request.prompt_ids) + SAMPLED_TOKENS for t in trajectories)
     rates: dict[str, list[float]] = {"on": [], "off": []}
-    for turn in range(rounds + 1):
+    advantages = torch.linspace(-1, 1, len(trajectories))
+    for turn in range(args.rounds + 1):
         for name in rates:
             trainer.job_config.parity.check = "report" if name == "on" else "off"
             attention = PackedAttention if name == "on" else StockAttention
             replace_inner_attention(trainer.model_parts[0], lambda _: attention())
             start = time.perf_counter()
-            trainer.step_on(trajectories, torch.linspace(-1, 1, len(trajectories)))
+            trainer.step_on(trajectories, advantages)
             if turn:
                 rates[name].append(tokens / (time.perf_counter() - start))
+            if turn == args.rounds and args.profile:
+                profiled(f"training step, parity {name}", lambda: trainer.step_on(trajectories, advantages))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -128,18 +160,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--mode", default="unified", choices=("unified", "vllm_compat"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=32, help="generated at once; half of them are trained on")
+    parser.add_argument("--flavor", help="the shape of this flavor of TorchTitan's Qwen3 instead of a small one")
+    parser.add_argument("--profile", action="store_true", help="name the kernels that take a GPU's time")
     parser.add_argument("--engine", choices=("assert", "off"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         if args.engine:
-            generate_when_told(job(Path(folder), args.dtype, args.mode, args.engine))
+            generate_when_told(job(Path(folder), args, args.engine), args)
             return
         for what, measure in {
-            "generation": lambda: benchmark_generation(args.dtype, args.mode, args.rounds),
-            "training step": lambda: benchmark_training(
-                job(Path(folder), args.dtype, args.mode, "report"), args.rounds
-            ),
+            "generation": lambda: benchmark_generation(args),
+            "training step": lambda: benchmark_training(job(Path(folder), args, "report"), args),
         }.items():
             rates = measure()
             ratio = rates["on"] / rates["off"]

@@ -40,8 +40,8 @@ def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
         model = spec.model_cls(args)
         for param in model.parameters():
             # TorchTitan's own initialisation, tied, repeats the last token with certainty: its log-probs are all 0.
-            # With these widths the next token has an entropy of some 4.5 nats.
-            param.normal_(0, 0.16) if param.ndim == 2 else param.uniform_(0.5, 1.5)
+            # With these widths the next token has an entropy of some 4.5 nats in a vocabulary of 512.
+            param.normal_(0, 0.16 * (128 / args.dim) ** 0.5) if param.ndim == 2 else param.uniform_(0.5, 1.5)
     adapter = spec.state_dict_adapter(args, None)
     folder.mkdir()
     weights = {name: weight.contiguous() for name, weight in adapter.to_hf(model.state_dict()).items()}

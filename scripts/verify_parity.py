@@ -7,6 +7,7 @@
 
     python scripts/verify_parity.py                          the whole matrix, on random models of several shapes
     python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
+    python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; for a GPU
     python scripts/verify_parity.py --job.config_file X.toml the cases that need no other model, on a job's checkpoint
 
 A row counts sampled tokens; a mismatch is a token whose fp32 log-prob has other bits in the trainer than in the
@@ -14,6 +15,7 @@ generator, or (in the rows "alone = ...") in another batch of the same generator
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -30,8 +32,9 @@ from torchtitan.experiments.rl.unified.generator import Generator
 from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
 from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.model.spec import register_train_specs
+from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.model.spec import register_train_specs, TINY_QWEN3
 from torchtitan.experiments.rl.unified.parity import compare, ParityReport
 from torchtitan.experiments.rl.unified.rollout.packing import pack
 from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
@@ -92,8 +95,9 @@ class Pair:
         for start in range(0, len(trajectories), 8):
             indices = list(range(start, min(start + 8, len(trajectories))))
             packed = pack(trajectories, torch.zeros(len(trajectories)), indices)
+            tensors = {name: x.to(self.trainer.device) for name, x in vars(packed).items() if torch.is_tensor(x)}
             with torch.no_grad(), batch_invariant_mode():
-                logprobs = self.trainer.logprobs(packed)
+                logprobs = self.trainer.logprobs(dataclasses.replace(packed, **tensors)).cpu()
             sampled = torch.cat([trajectories[i].logprobs for i in indices])
             report += compare(sampled, logprobs, lambda token: f"token {token} of sequences {indices}")
         return report
@@ -102,6 +106,7 @@ class Pair:
         self.trainer.close()
         del self.trainer, self.generator
         gc.collect()
+        torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def same(one: list[Trajectory], other: list[Trajectory]) -> ParityReport:
@@ -207,6 +212,23 @@ class Setup:
     cases: object
 
 
+def large_setup(flavor: str) -> Setup:
+    """A random model of a flavor's shape."""
+    args = policy_train_spec("qwen3").model_args[flavor]
+    model = {**{name: getattr(args, name) for name in TINY_QWEN3}, "max_seq_len": 8192}
+    return Setup(
+        flavor,
+        model,
+        {"generator.kv_cache_gib": 8, "generator.max_num_seqs": 256},
+        lambda pair, vocab: (
+            *batch_cases(pair, vocab, (4, 64, 256), 600, 128),
+            *sampling_cases(pair, vocab, 64, 64),
+            *prefix_cases(pair, vocab, 64, 400, 64),
+            *update_cases(pair, vocab, 32, 64),
+        ),
+    )
+
+
 def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
     """The matrix, for one mode and dtype."""
     model = None if own_checkpoint else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
@@ -286,9 +308,11 @@ def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: i
 
 def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path):
     """Builds the set-up and yields its rows."""
-    flags = [*job, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
+    base = job or ["--job.config_file", str(TRAIN_CONFIGS / "debug_cpu.toml")]
+    flags = [*base, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
     flags += ["--parity.check", "report", "--metrics.no-enable_tensorboard", "--job.dump_folder", str(folder / "out")]
     flags += ["--parallelism.data_parallel_replicate_degree", "1", "--checkpoint.no-enable"]
+    flags += ["--training.mixed_precision_param", dtype]
     for key, value in {"training.seq_len": 1024, **setup.settings}.items():
         flags += [f"--{key}", str(value)]
     config = load_job_config(flags)
@@ -308,7 +332,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases of each mode and dtype")
     parser.add_argument("--modes", default="unified,vllm_compat", help="comma-separated")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated")
+    dtypes = "bfloat16" if torch.cuda.is_available() else "bfloat16,float32"
+    parser.add_argument("--dtypes", default=dtypes, help="comma-separated; a GPU's attention has bfloat16 only")
+    parser.add_argument("--flavor", help="a random model of this flavor of TorchTitan's Qwen3, instead of the matrix")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     args, job = parser.parse_known_args()
 
@@ -322,7 +348,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for mode in args.modes.split(","):
             for dtype in args.dtypes.split(","):
-                for setup in setups(args.quick, own_checkpoint=bool(job)):
+                matrix = setups(args.quick, own_checkpoint=bool(job))
+                for setup in [large_setup(args.flavor)] if args.flavor else matrix:
                     for row in run(setup, mode, dtype, job, Path(folder)):
                         report = row.report
                         print(

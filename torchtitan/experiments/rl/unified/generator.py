@@ -51,7 +51,8 @@ class Generator:
             tensor_parallel_degree=generator.tensor_parallel_degree,
             batch_invariant=job_config.parity.check != "off",
             num_threads=generator.num_threads or threads_of_rank(_ranks_on_host(job_config)),
-            **({"attention_backend": generator.attention_backend} if generator.attention_backend else {}),
+            attention_backend=generator.attention_backend or "FLASH_ATTN",
+            cuda_graphs=generator.cuda_graphs,
             dtype=generator.dtype,
             kv_cache_memory_bytes=int(generator.kv_cache_gib * 2**30),
             block_size=generator.block_size,
@@ -218,10 +219,15 @@ def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_thre
     """
     os.environ["VLLM_BATCH_INVARIANT"] = "1" if batch_invariant else "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    if torch.cuda.is_available():
-        return
     # Nothing here runs long enough to earn back what torch.compile costs, and compiled code has bits of its own.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if torch.cuda.is_available():
+        # The other runner takes log-probs with kernels of its own, from logits divided by an approximate division.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if tensor_parallel_degree == 1:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "0"
+        return
     if tensor_parallel_degree == 1:
         # The engine stays in this process: its threads are this process's.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -244,20 +250,31 @@ def build_engine(
     tensor_parallel_degree: int,
     batch_invariant: bool,
     num_threads: int = 0,
+    attention_backend: str = "FLASH_ATTN",
+    cuda_graphs: bool = True,
     **engine_args: Any,
 ) -> "LLM":
-    """A vLLM engine that runs the policy in `checkpoint`, a directory in Hugging Face layout."""
+    """A vLLM engine that runs the policy in `checkpoint`, a directory in Hugging Face layout.
+
+    `attention_backend` and `cuda_graphs` are for GPUs; a CPU has one backend and no graphs.
+    """
     prepare_process(tensor_parallel_degree, batch_invariant, num_threads)
     from torchtitan.experiments.rl.unified.model.plugin import ARCHITECTURES
     from vllm import LLM
 
+    engine_args["enforce_eager"] = not (cuda_graphs and torch.cuda.is_available())
+    if torch.cuda.is_available():
+        engine_args["attention_backend"] = attention_backend
+        # The KV cache has its size from the job; vLLM only asks that this share of the memory is free.
+        engine_args["gpu_memory_utilization"] = 0.05
+        if cuda_graphs:
+            engine_args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return LLM(
         checkpoint,
         hf_overrides={"architectures": [ARCHITECTURES[mode]]},
         additional_config={"torchtitan": {"name": model_name, "flavor": flavor}},
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_degree,
-        enforce_eager=True,
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{PolicyWorker.__module__}.{PolicyWorker.__qualname__}",
         # No sampling defaults of the checkpoint's generation_config.json; each of its EOS ids ends a completion still.

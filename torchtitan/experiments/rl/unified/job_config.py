@@ -152,7 +152,10 @@ class Generator:
     """CPU cores that the engines run on, such as "0-3,8"; empty: any"""
 
     attention_backend: str = ""
-    """vLLM's attention backend on an accelerator, e.g. FLASH_ATTN; empty: vLLM's choice"""
+    """vLLM's attention backend on a GPU; empty: FLASH_ATTN"""
+
+    cuda_graphs: bool = True
+    """On a GPU: replay decode steps as CUDA graphs instead of launching their kernels one by one"""
 
     timeout_seconds: float = 600
     """Longest wait for one batch of completions"""

@@ -155,7 +155,8 @@ def check_arithmetic(config: JobConfig) -> None:
         model = spec.model_cls(args)
     check_supported(model)
     try:
-        check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype), device)
     except ValueError as error:
         raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":

@@ -14,9 +14,11 @@ from typing import Any
 from monarch.actor import Actor, endpoint, HostMesh
 from torchtitan.experiments.rl.unified.actors.calls import answer, stop
 from torchtitan.experiments.rl.unified.generator import Generator
+from torchtitan.experiments.rl.unified.infra.device import use_gpus
 from torchtitan.experiments.rl.unified.infra.process import bind_to_cores, ProcessLost, quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError, WeightUpdate
 from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.preflight import trainer_ranks
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,17 @@ class GeneratorActor(Actor):
 
     Args:
         config: the job.
+        first_gpu: number of the first GPU it takes, on a machine with so many.
     """
 
-    def __init__(self, config: JobConfig) -> None:
-        self.config = config
+    def __init__(self, config: JobConfig, first_gpu: int) -> None:
+        self.config, self.first_gpu = config, first_gpu
 
     @endpoint
     def setup(self) -> None:
         """Starts the engine on the checkpoint's weights."""
         quiet_libraries()
+        use_gpus(self.first_gpu, self.config.generator.tensor_parallel_degree)
         self.generator = Generator(self.config)
 
     @endpoint
@@ -59,10 +63,11 @@ class Replica:
         config: the job.
         host: where it runs.
         name: for its process and in messages.
+        first_gpu: number of the first GPU it takes, on a machine with so many.
     """
 
-    def __init__(self, config: JobConfig, host: HostMesh, name: str) -> None:
-        self.config, self.host, self.name = config, host, name
+    def __init__(self, config: JobConfig, host: HostMesh, name: str, first_gpu: int) -> None:
+        self.config, self.host, self.name, self.first_gpu = config, host, name, first_gpu
         self._procs = None
         self._restarts = 0
         self._update: WeightUpdate | None = None
@@ -73,7 +78,7 @@ class Replica:
             return
         binding = bind_to_cores(self.config.generator.cores, 1)
         self._procs = self.host.spawn_procs(per_host={"ranks": 1}, name=self.name, proc_bind=binding)
-        self._actor = self._procs.spawn(self.name, GeneratorActor, self.config)
+        self._actor = self._procs.spawn(self.name, GeneratorActor, self.config, self.first_gpu)
         limit = self.config.comm.init_timeout_seconds
         await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
         if self._update is not None:
@@ -132,7 +137,12 @@ class Generators:
     """
 
     def __init__(self, config: JobConfig, hosts: list[HostMesh]) -> None:
-        self.replicas = [Replica(config, host, f"generator{index}") for index, host in enumerate(hosts)]
+        # The trainer's GPUs come first where it shares a machine with the generators.
+        first = 0 if config.cluster.generators else trainer_ranks(config)
+        degree = config.generator.tensor_parallel_degree
+        self.replicas = [
+            Replica(config, host, f"generator{index}", first + index * degree) for index, host in enumerate(hosts)
+        ]
 
     async def start(self) -> None:
         """Starts every engine that does not run."""

@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Causal attention with one reduction order, paged and packed (``csrc/attention.cpp``).
+"""Causal attention with one reduction order: on a CPU paged and packed (``csrc/attention.cpp``), on CUDA `flash.py`.
 
 A row (one query token, one head) has the same bits whether it is decoded alone, prefilled in one piece or in chunks, or
 computed in a packed training batch, for any block table, batch and number of threads. D is the head size, Hq and
@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torchtitan.experiments.rl.unified.batch_invariant import flash
 from torchtitan.experiments.rl.unified.batch_invariant.build import load_library
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -34,14 +35,21 @@ def _kernel(name: str, *argtypes: type) -> Callable[..., None]:
     return function
 
 
-def check_attention(head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
-    """Raises ValueError where the kernel cannot serve: head size, head counts or dtype."""
-    if head_size not in HEAD_SIZES:
-        raise ValueError(f"batch-invariant attention has no kernel for head size {head_size}; it has {HEAD_SIZES}")
+def check_attention(
+    head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype, device_type: str = "cpu"
+) -> None:
+    """Raises ValueError where the device's kernel cannot serve: head size, head counts, dtype or kind of GPU."""
+    sizes, dtypes = (flash.HEAD_SIZES, flash.DTYPES) if device_type == "cuda" else (HEAD_SIZES, DTYPES)
+    if head_size not in sizes:
+        raise ValueError(
+            f"batch-invariant attention has no kernel for head size {head_size} on {device_type}; it has {sizes}"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads")
-    if dtype not in DTYPES:
-        raise ValueError(f"batch-invariant attention computes in {DTYPES}, not in {dtype}")
+    if dtype not in dtypes:
+        raise ValueError(f"batch-invariant attention on {device_type} computes in {dtypes}, not in {dtype}")
+    if device_type == "cuda":
+        flash.check_device()
 
 
 def _strided(x: torch.Tensor) -> tuple[int, int, int]:
@@ -103,7 +111,12 @@ def paged_attention(
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """Causal attention inside each of the sequences that are packed one after another; differentiable.
 
@@ -113,8 +126,10 @@ def packed_attention(
     Args:
         query: [T, Hq, D], any strides whose last dimension is dense.
         key, value: [T, Hkv, D], likewise, in query's dtype.
-        cu_seqlens: [S + 1] int32 on the CPU, from 0 to T, not falling.
+        cu_seqlens: [S + 1] int32 on query's device, from 0 to T, not falling.
         scale: factor on the scores.
+        longest: a bound of the sequences' lengths. With it a GPU takes cu_seqlens as it is; looking into it would wait
+            for the GPU.
 
     Returns:
         [T, Hq, D], dense, in query's dtype.
@@ -122,12 +137,15 @@ def packed_attention(
     Raises:
         ValueError: a head size, dtype, device, or cu_seqlens the kernel cannot serve.
     """
-    if query.device.type != "cpu":
-        raise ValueError(f"batch-invariant attention has a CPU kernel only; query is on {query.device}")
-    check_attention(query.shape[2], query.shape[1], key.shape[1], query.dtype)
+    if query.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"batch-invariant attention has kernels for CPUs and CUDA; query is on {query.device}")
+    check_attention(query.shape[2], query.shape[1], key.shape[1], query.dtype, query.device.type)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-    out, _ = _packed_forward(query, key, value, cu_seqlens, scale)
+    if query.device.type == "cpu" or longest is None:
+        _check_cu_seqlens(cu_seqlens, len(query))
+        longest = int(cu_seqlens.diff().max())
+    out, _ = _packed_forward(query, key, value, cu_seqlens, scale, longest)
     return out
 
 
@@ -143,12 +161,11 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("unified::packed_attention", mutates_args=(), device_types="cpu")
 def _packed_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out [T, Hq, D] and the base-2 log-sum-exp of each row, [Hq, T] fp32."""
     tokens, heads, head_size = query.shape
     kv_heads, sequences = key.shape[1], cu_seqlens.shape[0] - 1
-    _check_cu_seqlens(cu_seqlens, tokens)
     query, key, value, cu_seqlens = _dense_rows(query), _dense_rows(key), _dense_rows(value), cu_seqlens.contiguous()
     out = query.new_empty(tokens, heads, head_size)
     lse = query.new_empty(heads, tokens, dtype=torch.float32)
@@ -177,6 +194,7 @@ def _packed_backward(
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float,
+    longest: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value, dense, in their dtype."""
     query, key, value, dout = _dense_rows(query), _dense_rows(key), _dense_rows(value), _dense_rows(dout)
@@ -199,25 +217,29 @@ def _packed_backward(
     return grads
 
 
+_packed_forward.register_kernel("cuda")(flash.packed_forward)
+_packed_backward.register_kernel("cuda")(flash.packed_backward)
+
+
 @_packed_forward.register_fake
-def _(query, key, value, cu_seqlens, scale):
+def _(query, key, value, cu_seqlens, scale, longest):
     tokens, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(heads, tokens, dtype=torch.float32)
 
 
 @_packed_backward.register_fake
-def _(dout, query, key, value, out, lse, cu_seqlens, scale):
+def _(dout, query, key, value, out, lse, cu_seqlens, scale, longest):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, cu_seqlens, ctx.scale = inputs
+    query, key, value, cu_seqlens, ctx.scale, ctx.longest = inputs
     ctx.save_for_backward(query, key, value, *output, cu_seqlens)
 
 
 def _backward(ctx, dout, _dlse):
     *saved, cu_seqlens = ctx.saved_tensors
-    return *_packed_backward(dout, *saved, cu_seqlens, ctx.scale), None, None
+    return *_packed_backward(dout, *saved, cu_seqlens, ctx.scale, ctx.longest), None, None, None
 
 
 _packed_forward.register_autograd(_backward, setup_context=_save)

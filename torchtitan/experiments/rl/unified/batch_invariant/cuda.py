@@ -5,6 +5,8 @@
 
 """vLLM's batch-invariant kernels for CUDA, with an end to them. Importing this module imports vLLM."""
 
+import os
+
 import torch
 from vllm.model_executor.determinism import batch_invariant as vllm_batch_invariant
 
@@ -19,12 +21,13 @@ _before: list[object] = []
 def install() -> None:
     """Switches vLLM's mode on, with exact fp32 products, in the whole process.
 
-    From Hopper on, cuBLAS reads from the environment, at its first product, that it must not split sums: install
-    before that.
+    From Hopper on, cuBLAS reads from the environment, at its first product, that it must not split sums; vLLM's own
+    kernels read VLLM_BATCH_INVARIANT at their first call: install before those.
     """
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
     if vllm_batch_invariant._batch_invariant_MODE:
         return
-    _before[:] = [getattr(module, name) for module, name in _SETTINGS]
+    _before[:] = [torch.backends.cuda.preferred_blas_library(), *(getattr(module, name) for module, name in _SETTINGS)]
     vllm_batch_invariant.enable_batch_invariant_mode()
     for module in _PRECISIONS:
         module.fp32_precision = "ieee"
@@ -37,6 +40,8 @@ def uninstall() -> None:
     vllm_batch_invariant._batch_invariant_LIB._destroy()
     vllm_batch_invariant._batch_invariant_LIB = None
     vllm_batch_invariant._batch_invariant_MODE = False
-    for (module, name), value in zip(_SETTINGS, _before, strict=True):
+    blas, *values = _before
+    torch.backends.cuda.preferred_blas_library(blas)
+    for (module, name), value in zip(_SETTINGS, values, strict=True):
         setattr(module, name, value)
     _before.clear()

@@ -50,6 +50,19 @@ def prepare_torchtitan() -> None:
     utils.get_peak_flops = lambda device_name: float("inf")
 
 
+def use_gpus(first: int, count: int) -> None:
+    """Shows this process `count` of the GPUs it sees, from number `first` on; the first `count` if there are too few.
+
+    Call it before the process touches a GPU. Without one it changes nothing.
+    """
+    available = torch.cuda.device_count()
+    if not available:
+        return
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(available)))).split(",")
+    start = first if first + count <= available else 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[start : start + count])
+
+
 class CpuDeviceModule:
     """``torch.cpu`` with the calls that torchtitan makes of a device module and torch.cpu lacks.
 

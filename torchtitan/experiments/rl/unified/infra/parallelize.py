@@ -141,5 +141,6 @@ class ReplicatedWeights(ParallelStyle):
 def full_to_param(full: torch.Tensor, param: nn.Parameter) -> None:
     """Copies `full`, the same on every rank, into `param` or this rank's shard of it, in place and without messages."""
     if isinstance(param, DTensor):
+        full = full.to(param.device)
         full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(full)

@@ -48,6 +48,13 @@ def batch_invariant_on_cpu() -> bool:
     return os.environ.get("VLLM_BATCH_INVARIANT") == "1" and current_platform.is_cpu()
 
 
+def batch_invariant_on_cuda() -> bool:
+    """Whether this process asked for vLLM's batch-invariant mode and runs on vLLM's CUDA platform."""
+    from vllm.platforms import current_platform
+
+    return os.environ.get("VLLM_BATCH_INVARIANT") == "1" and current_platform.is_cuda()
+
+
 def apply() -> None:
     """Applies every fix that this process needs; the second call changes nothing."""
     from vllm.platforms import current_platform

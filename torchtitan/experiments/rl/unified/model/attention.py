@@ -33,7 +33,8 @@ class PackedAttention(nn.Module):
         Args:
             xq: (bs, heads, seq, head_dim).
             xk, xv: (bs, kv_heads, seq, head_dim).
-            attention_masks: `cu_seq_q` (sequences + 1,) int32 counts the tokens of the flattened (bs, seq).
+            attention_masks: `cu_seq_q` (sequences + 1,) int32 counts the tokens of the flattened (bs, seq), `max_q`
+                bounds a sequence's.
             scale: factor on the scores; head_dim ** -0.5 if None.
 
         Returns:
@@ -43,7 +44,8 @@ class PackedAttention(nn.Module):
             ValueError: for a head size, dtype, device or `cu_seq_q` that the kernel cannot serve.
         """
         scale = xq.shape[-1] ** -0.5 if scale is None else scale
-        return packed_attention(to_packed(xq), to_packed(xk), to_packed(xv), attention_masks.cu_seq_q, scale)
+        starts, longest = attention_masks.cu_seq_q, attention_masks.max_q
+        return packed_attention(to_packed(xq), to_packed(xk), to_packed(xv), starts, scale, longest)
 
 
 class StockAttention(nn.Module):
@@ -61,6 +63,8 @@ class StockAttention(nn.Module):
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attends within the sequences of `attention_masks.cu_seq_q`, which lie in one row: bs is 1."""
+        if xq.is_cuda and xq.dtype != torch.float32:
+            return self._flash(*(to_packed(x) for x in (xq, xk, xv)), attention_masks, scale)
         lengths = attention_masks.cu_seq_q.diff().tolist()
         sequences = zip(*(x.split(lengths, dim=2) for x in (xq, xk, xv)), strict=True)
         outputs = [
@@ -68,6 +72,13 @@ class StockAttention(nn.Module):
             for q, k, v in sequences
         ]
         return to_packed(torch.cat(outputs, dim=2)).contiguous()
+
+    @staticmethod
+    def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: VarlenMetadata, scale: float | None):
+        """torch's FlashAttention 2: one launch for all sequences."""
+        starts, longest = masks.cu_seq_q, masks.max_q
+        args = q, k, v, starts, starts, longest, longest, 0.0, True, False
+        return torch.ops.aten._flash_attention_forward(*args, scale=scale)[0]
 
 
 def to_packed(x: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,10 @@ class CompatFeedForward(FeedForward):
     def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """Output (T, C)."""
         gate, up = _fused_linear(hidden_TC, (self.w1, self.w3))
+        if gate.is_cuda:
+            from torchtitan.experiments.rl.unified.model.compat_cuda import SiluAndMul
+
+            return self.w2(SiluAndMul.apply(gate, up))
         return self.w2(F.silu(gate) * up)
 
 
@@ -122,13 +126,20 @@ class CompatRMSNorm(nn.RMSNorm):
         return _AddRMSNorm.apply(x, residual, weight, self.eps)
 
 
+class CompatLinear(nn.Linear):
+    """vLLM's product: torch's on a CPU, a kernel of its own on CUDA."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _linear(x, self.weight)
+
+
 class PaddedOutput(nn.Linear):
     """An output projection with vLLM's number of rows, which may decide how a matrix product blocks its columns."""
 
     def forward(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary)."""
         padding = -self.out_features % VOCAB_MULTIPLE
-        return F.linear(hidden_TC, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
+        return _linear(hidden_TC, F.pad(self.weight, (0, 0, 0, padding)))[..., : self.out_features]
 
 
 _COMPAT: dict[type, type] = {
@@ -137,7 +148,16 @@ _COMPAT: dict[type, type] = {
     Attention: CompatAttention,
     FeedForward: CompatFeedForward,
     nn.RMSNorm: CompatRMSNorm,
+    nn.Linear: CompatLinear,
 }
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if not x.is_cuda:
+        return F.linear(x, weight)
+    from torchtitan.experiments.rl.unified.model.compat_cuda import Linear
+
+    return Linear.apply(x, weight)
 
 
 def _fused_linear(x: torch.Tensor, linears: tuple[nn.Linear, ...]) -> tuple[torch.Tensor, ...]:
@@ -147,7 +167,7 @@ def _fused_linear(x: torch.Tensor, linears: tuple[nn.Linear, ...]) -> tuple[torc
         x = DTensor.from_local(x, weights[0].device_mesh, [Replicate()], run_check=False)
         x = x.to_local(grad_placements=[Partial()])
         weights = [weight.to_local() for weight in weights]
-    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+    return _linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -164,6 +184,10 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(rounded, rstd, weight)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
+        if x.is_cuda:
+            from torchtitan.experiments.rl.unified.model.compat_cuda import add_rms_norm
+
+            return add_rms_norm(x, residual, weight, eps), rounded
         return ((total * rstd).to(weight.dtype) * weight).to(x.dtype), rounded
 
     @staticmethod

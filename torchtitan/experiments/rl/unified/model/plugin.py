@@ -14,7 +14,7 @@ _CLASSES = {
 
 
 def register() -> None:
-    """Makes vLLM know the policy architectures and, under VLLM_BATCH_INVARIANT=1 on a CPU, compute row-invariantly.
+    """Makes vLLM know the policy architectures and, under VLLM_BATCH_INVARIANT=1, compute row-invariantly.
 
     vLLM may call this more than once in a process; the second call changes nothing.
     """
@@ -28,6 +28,10 @@ def register() -> None:
 
         enable_for_vllm_process()
         register_attention_backend()
+    elif vllm_fixes.batch_invariant_on_cuda():
+        from torchtitan.experiments.rl.unified.model.vllm_flash import register_flash_backend
+
+        register_flash_backend()
 
 
 def _register_architectures() -> None:
