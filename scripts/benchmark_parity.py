@@ -75,9 +75,10 @@ def profiled(what: str, work: Callable[[], object]) -> None:
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
-    for event in events[:8]:
-        share = event.self_device_time_total / total
-        print(f"  {what}: {share:4.0%} {event.count:7} x {event.key[:110]}", file=sys.stderr, flush=True)
+    print(f"  {what}: {total / 1000:.0f} ms on the GPU, of that", file=sys.stderr)
+    for event in events[:12]:
+        milliseconds = event.self_device_time_total / 1000
+        print(f"  {milliseconds:8.1f} ms {event.count:6} x {event.key[:100]}", file=sys.stderr, flush=True)
 
 
 def generate_when_told(config: JobConfig, args: argparse.Namespace) -> None:
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="generated at once; half of them are trained on")
     parser.add_argument("--flavor", help="the shape of this flavor of TorchTitan's Qwen3 instead of a small one")
     parser.add_argument("--profile", action="store_true", help="name the kernels that take a GPU's time")
+    parser.add_argument("--what", default="generation,training")
     parser.add_argument("--engine", choices=("assert", "off"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet_libraries()
@@ -174,6 +176,8 @@ def main() -> None:
             "generation": lambda: benchmark_generation(args),
             "training step": lambda: benchmark_training(job(Path(folder), args, "report"), args),
         }.items():
+            if what.split()[0] not in args.what:
+                continue
             rates = measure()
             ratio = rates["on"] / rates["off"]
             print(

@@ -137,12 +137,20 @@ def test_rows_of_a_product_do_not_depend_on_the_others(mode, kernel):
 @needs_gpu
 def test_rows_of_the_other_operations_do_not_depend_on_the_others(mode):
     from torchtitan.experiments.rl.unified.model import compat_cuda
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    def cut(x: torch.Tensor, k: int | None, p: float | None) -> torch.Tensor:
+        k, p = (None if limit is None else torch.full((len(x),), limit, device="cuda") for limit in (k, p))
+        return apply_top_k_top_p(x.float() * 3, k, p)
 
     weight = torch.rand(1024, device="cuda").bfloat16() + 0.5
     norm = nn.RMSNorm(1024, device="cuda", dtype=torch.bfloat16)
     operations = {
         "RMSNorm": lambda x: norm(x),
         "SiLU": F.silu,
+        "top-p": lambda x: cut(x, None, 0.9),
+        "top-k": lambda x: cut(x, 50, None),
+        "top-k and top-p": lambda x: cut(x, 500, 0.7),
         "log_softmax": lambda x: x.float().log_softmax(-1),
         "vLLM's RMSNorm": lambda x: compat_cuda.add_rms_norm(x, None, weight, 1e-6),
         "vLLM's RMSNorm with addition": lambda x: compat_cuda.add_rms_norm(x, x.flip(-1), weight, 1e-6),

@@ -9,11 +9,14 @@ import os
 
 import torch
 from vllm.model_executor.determinism import batch_invariant as vllm_batch_invariant
+from vllm.v1.sample.ops import topk_topp_triton
 
 # TF32 rounds a product's inputs; vLLM switches it off beside its mode.
 _PRECISIONS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 _SETTINGS = [(module, "fp32_precision") for module in _PRECISIONS]
 _SETTINGS += [(torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction") for dtype in ("fp16", "bf16")]
+# Rows of a batch up to this size take another top-p kernel, which cuts at another place.
+_SETTINGS += [(topk_topp_triton, "_SPLIT_MAX_BATCH")]
 # What uninstall puts back; empty where vLLM had switched its mode on, for good.
 _before: list[object] = []
 
@@ -26,11 +29,18 @@ def install() -> None:
     """
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
     if vllm_batch_invariant._batch_invariant_MODE:
+        enable_for_vllm_process()
         return
     _before[:] = [torch.backends.cuda.preferred_blas_library(), *(getattr(module, name) for module, name in _SETTINGS)]
     vllm_batch_invariant.enable_batch_invariant_mode()
     for module in _PRECISIONS:
         module.fp32_precision = "ieee"
+    enable_for_vllm_process()
+
+
+def enable_for_vllm_process() -> None:
+    """Adds to vLLM's own mode what it lacks: one top-p kernel for every batch size."""
+    topk_topp_triton._SPLIT_MAX_BATCH = 0
 
 
 def uninstall() -> None:

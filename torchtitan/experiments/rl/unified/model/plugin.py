@@ -29,8 +29,10 @@ def register() -> None:
         enable_for_vllm_process()
         register_attention_backend()
     elif vllm_fixes.batch_invariant_on_cuda():
+        from torchtitan.experiments.rl.unified.batch_invariant.cuda import enable_for_vllm_process
         from torchtitan.experiments.rl.unified.model.vllm_flash import register_flash_backend
 
+        enable_for_vllm_process()
         register_flash_backend()
 
 

@@ -32,13 +32,12 @@ class OneTileFlashBackend(FlashAttentionBackend):
 
 
 class OneTileBuilder(FlashAttentionMetadataBuilder):
-    """Never tells the kernel that each sequence has one query only.
+    """Never tells the kernel that all sequences have few queries.
 
     Symptom: with heads of 64 or less a token that is decoded has other bits than in a prefilled prompt, under
     VLLM_BATCH_INVARIANT=1 too.
-    Cause: where no sequence has more than one query FlashAttention 3 drops the causal mask, and with it changes the
-    number of keys that it sums at a time.
-    Here: the number it is given is an upper bound, of at least 2.
+    Cause: FlashAttention 3 chooses how many keys it sums at a time by the largest number of queries of a sequence.
+    Here: the number it is given is an upper bound, beyond all that make a difference.
     Goes: when vLLM's batch-invariant mode covers such heads.
     """
 
