@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY, TRAIN_CONFIGS, write_toml
+from torchtitan.experiments.rl.unified.preflight import check_batch, trainer_ranks
 
 
 def job(tmp_path: Path, text: str, *flags: str):
@@ -18,6 +19,12 @@ def job(tmp_path: Path, text: str, *flags: str):
 @pytest.mark.parametrize("path", sorted(TRAIN_CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_configs_parse(path):
     assert load_job_config(["--job.config_file", str(path)]).model.name == "qwen3"
+
+
+def test_a_shipped_config_is_for_several_gpus():
+    config = load_job_config(["--job.config_file", str(TRAIN_CONFIGS / "qwen3_0.6b_fsdp2_tp2.toml")])
+    check_batch(config)
+    assert trainer_ranks(config) == 4 and config.generator.tensor_parallel_degree == 2
 
 
 def test_the_default_on_a_cpu_machine_is_the_debug_job():

@@ -148,6 +148,8 @@ def check_arithmetic(config: JobConfig) -> None:
             f"tensor_parallel_degree {degrees.tensor_parallel_degree} sum in different orders; make them equal, or set "
             '[parity] check = "off"'
         )
+    if config.rl.mode == "vllm_compat" and degrees.tensor_parallel_degree > 1 and torch.cuda.is_available():
+        raise ValueError('[rl] mode = "vllm_compat" is not tensor parallel on a GPU; use mode = "unified"')
     if config.model.converters or config.compile.enable:
         setting = "[model] converters" if config.model.converters else "[compile] enable"
         raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
