@@ -7,7 +7,7 @@
 
     python scripts/verify_parity.py                          the whole matrix, on random models of several shapes
     python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
-    python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; for a GPU
+    python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; GPU
     python scripts/verify_parity.py --job.config_file X.toml the cases that need no other model, on a job's checkpoint
 
 A row counts sampled tokens; a mismatch is a token whose fp32 log-prob has other bits in the trainer than in the
