@@ -90,7 +90,8 @@ def sample_again(trainer, config: JobConfig, version: int, trajectories: list[Tr
     from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
 
     generator = Generator(config)
-    with contextlib.closing(build_transport(config.weight_sync.transport)) as transport:
+    config.weight_sync.transport = "shared_memory"  # Both ends are this process.
+    with contextlib.closing(build_transport(config)) as transport:
         weights = trainer.policy_weights(getattr(torch, config.generator.dtype))
         generator.update_weights(transport.send(version, weights))
         sampled = generator.generate([trajectory.request for trajectory in trajectories])

@@ -55,6 +55,7 @@ def row(step: int) -> dict[str, Any]:
         "seconds_sync": 0.2,
         "home_made": float(step),
         **({"eval_pass@1": 0.4 + step / 200} if step % 10 == 0 else {}),
+        **({"eval_before_pass@1": 0.35} if step == 1 else {}),
     }
 
 
@@ -100,8 +101,8 @@ def test_text_of_a_run_cannot_become_markup(tmp_path):
 
 
 def test_what_was_not_measured_is_left_out_and_what_is_unknown_gets_a_chart():
-    titles = [chart["title"] for chart in charts([row(1), row(2)])]
-    assert "Reward" in titles and "Held-out evaluation" not in titles
+    titles = [chart["title"] for chart in charts([row(2), row(3)])]
+    assert "Reward" in titles and "Held-out pass rate" not in titles
     assert [chart["title"] for chart in charts([row(1)]) if chart.get("more")] == ["home made"]
     assert [chart["title"] for chart in charts([{"step": 1, "reward_mean": math.nan, "loss": 1.0}])] == ["Loss"]
     assert charts([]) == [] and headline([]) == []
@@ -111,7 +112,9 @@ def test_the_headline_counts_every_step():
     rows = [row(step) | {"mismatched_tokens": int(step == 7)} for step in range(1, 21)]
     figures = {name: (figure, remark) for name, figure, remark in headline(rows)}
     assert figures["Parity"] == ("1", "of 20,000 sampled tokens differ between generator and trainer")
-    assert figures["eval pass@1"][0] == "0.450 \u2192 0.500"
+    assert figures["pass@1"] == ("0.350 \u2192 0.500", "held out, steps 0 and 20")
+    (evaluation,) = [chart for chart in charts(rows) if chart["title"] == "Held-out pass rate"]
+    assert (evaluation["series"][0]["steps"], evaluation["series"][0]["values"]) == ([0, 10, 20], [0.35, 0.45, 0.5])
     assert figures["Steps"] == ("20", "30 s, 1.50 s a step")
 
 

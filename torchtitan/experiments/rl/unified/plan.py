@@ -19,6 +19,8 @@ GIB = 2**30
 # Memory of a process with this job's libraries and no model to speak of. Measured: resident size, pages that processes
 # share counted once, of the processes of debug_cpu.toml.
 BASE_BYTES = {"controller": int(0.65 * GIB), "trainer": int(0.5 * GIB), "generator": int(0.75 * GIB)}
+# Parts that are as large as said only if completions are as long as they may be.
+BY_LENGTH = {"activations", "logits"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,13 @@ class ProcessGroup:
 
     @property
     def total(self) -> int:
-        """Bytes that they take on this host."""
+        """Bytes that they take on this host at most."""
         return self.count * sum(self.memory.values()) * self.here
+
+    @property
+    def least(self) -> int:
+        """Bytes that they take there however short the completions are."""
+        return self.count * sum(size for name, size in self.memory.items() if name not in BY_LENGTH) * self.here
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Plan:
         """What will be slow or tight.
 
         Raises:
-            ValueError: the job needs more memory than the machine has.
+            ValueError: the job needs more memory than the machine has, even with short completions.
         """
         found = []
         threads = [group.count * group.threads * group.here for group in self.groups[1:]]
@@ -82,14 +89,18 @@ class Plan:
             found.append(f"{busiest} compute threads run at once on {self.cores} cores: they will wait for each other")
         if not self.on_host:
             return found
-        needed = f"about {_gib(self.total_bytes)} of memory are needed ({self._shares()})"
-        if self.total_bytes > self.memory_bytes:
+        shares = ", ".join(f"{g.count} x {g.name} {_gib(g.total // g.count)}" for g in self.groups if g.here)
+        least, machine = sum(group.least for group in self.groups), f"this machine has {_gib(self.memory_bytes)}"
+        if least > self.memory_bytes:
             raise ValueError(
-                f"{needed}, this machine has {_gib(self.memory_bytes)}: use fewer ranks, a smaller model, [rl] "
-                "microbatch_tokens or [generator] kv_cache_gib; --dry_run prints the parts"
+                f"at least {_gib(least)} of memory are needed, {machine}: use fewer ranks, a smaller model or "
+                f"[generator] kv_cache_gib; at most there would be {shares}; --dry_run prints the parts"
             )
         if self.total_bytes > 0.85 * self.memory_bytes:
-            found.append(f"{needed}, this machine has {_gib(self.memory_bytes)}")
+            found.append(
+                f"up to {_gib(self.total_bytes)} of memory are needed, {machine} ({shares}): a smaller [rl] "
+                "microbatch_tokens or [generator] kv_cache_gib takes less"
+            )
         return found
 
     def text(self) -> str:
@@ -103,13 +114,9 @@ class Plan:
             lines.append((f"{group.count} x {group.name}", f"{where}{threads}, {each}: {parts}"))
         where = "" if self.on_host else ", models in accelerator memory"
         lines.append(
-            ("memory", f"about {_gib(self.total_bytes)} of {_gib(self.memory_bytes)}, {self.cores} cores{where}")
+            ("memory", f"up to {_gib(self.total_bytes)} of {_gib(self.memory_bytes)}, {self.cores} cores{where}")
         )
         return "\n".join(f"{name:<32}{text}" for name, text in [*self.facts[:1], *lines, *self.facts[1:]])
-
-    def _shares(self) -> str:
-        here = [group for group in self.groups if group.here]
-        return ", ".join(f"{group.count} x {group.name} {_gib(group.total // group.count)}" for group in here)
 
 
 def plan_job(config: JobConfig) -> Plan:

@@ -31,7 +31,7 @@ MAX_SAMPLE_CHARACTERS = 2_000_000
 # left out; "prefix*" takes every metric that starts so. A metric that is in no chart gets one of its own at the end.
 CHARTS: list[tuple[str, str, dict[str, str]]] = [
     ("Reward", "line", {"reward_mean": "mean reward"}),
-    ("Held-out evaluation", "line", {"eval*": "", "pass@*": ""}),
+    ("Held-out pass rate", "line", {"eval_pass@*": ""}),
     ("Loss", "line", {"loss": "policy loss"}),
     ("KL divergence", "line", {"kl_generator_trainer": "generator, trainer", "kl_reference": "trainer, reference"}),
     ("Entropy", "line", {"entropy": "nats a token"}),
@@ -50,12 +50,12 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
     (
         "Trainer, seconds a step",
         "stack",
-        {f"seconds_{name}": name for name in ("wait", "reward", "train", "sync")},
+        {f"seconds_{name}": name for name in ("wait", "reward", "train", "sync", "evaluate")},
     ),
     (
         "Generators, seconds a step",
         "stack",
-        {f"seconds_{name}": name for name in ("generate", "update", "evaluate")} | {"seconds_*": ""},
+        {f"seconds_{name}": name for name in ("generate", "update")} | {"seconds_*": ""},
     ),
     ("Parity", "area", {"tokens_compared": "tokens compared", "mismatched_tokens": "with other bits"}),
     ("Staleness", "line", {"staleness_max": "oldest, in versions"}),
@@ -114,10 +114,12 @@ def headline(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     first, last = metrics[:10], metrics[-10:]
     found = [("Reward", f"{_mean(first, 'reward_mean'):.3f} \u2192 {_mean(last, 'reward_mean'):.3f}", "")]
     found[0] = (*found[0][:2], f"means of the first and the last {len(first)} steps")
-    for key in [key for key in _keys(metrics) if "pass@" in key or "pass_at" in key]:
-        values = [m[key] for m in metrics if isinstance(m.get(key), (int, float))]
-        remark = "held out, first and last evaluation" if len(values) > 1 else "held out"
-        found.append((_name(key), " \u2192 ".join(f"{v:.3f}" for v in dict.fromkeys((values[0], values[-1]))), remark))
+    rows = with_step_0(metrics)
+    for key in [key for key in _keys(rows) if key.startswith("eval_pass@")]:
+        values = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
+        ends = [values[0], values[-1]] if len(values) > 1 else values
+        remark = "held out, " + (f"steps {ends[0][0]} and {ends[1][0]}" if len(ends) > 1 else f"step {ends[0][0]}")
+        found.append((_name(key), " \u2192 ".join(f"{value:.3f}" for _, value in ends), remark))
     compared, mismatched = (sum(m.get(key, 0) for m in metrics) for key in ("tokens_compared", "mismatched_tokens"))
     remark = f"of {compared:,} sampled tokens differ between generator and trainer"
     found.append(("Parity", f"{mismatched:,}", remark if compared else "no tokens were compared"))
@@ -130,8 +132,8 @@ def headline(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The charts that `metrics` has figures for, as report.js reads them."""
-    keys = [key for key in _keys(metrics) if key not in NOT_DRAWN]
-    left, found = list(keys), []
+    metrics = with_step_0(metrics)
+    left, found = [key for key in _keys(metrics) if key not in NOT_DRAWN], []
     for title, kind, wanted in CHARTS:
         series = []
         for pattern, name in wanted.items():
@@ -142,6 +144,14 @@ def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(_chart(title, kind, series, metrics))
     found += [_chart(_name(key), "line", [(key, _name(key))], metrics) | {"more": True} for key in left]
     return found
+
+
+def with_step_0(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, after one for step 0 if the policy was evaluated before training (`eval_before_*` of the first)."""
+    prefix = "eval_before_"
+    before = {"eval_" + key.removeprefix(prefix): m[key] for m in metrics[:1] for key in m if key.startswith(prefix)}
+    rows = [{key: value for key, value in m.items() if not key.startswith(prefix)} for m in metrics]
+    return [{"step": 0, **before}, *rows] if before else rows
 
 
 def thin(steps: list[int], values: list[float | None], kind: str, points: int = MAX_POINTS) -> dict[str, list[Any]]:
@@ -190,6 +200,7 @@ def pick_samples(path: Path, steps: list[int]) -> tuple[list[dict[str, Any]], in
 
 
 def _chart(title: str, kind: str, series: list[tuple[str, str]], metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    metrics = [m for m in metrics if any(_is_number(m.get(key)) for key, _ in series)]
     steps = [m["step"] for m in metrics]
     drawn = []
     for key, name in series:
@@ -218,7 +229,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def _name(key: str) -> str:
-    return key.removeprefix("seconds_").replace("_", " ")
+    return key.removeprefix("seconds_").removeprefix("eval_" if "@" in key else "").replace("_", " ")
 
 
 def _duration(seconds: float) -> str:
