@@ -5,13 +5,17 @@
 
 """The plan of a job: what it says is what the job's configuration means, and an impossible one is refused."""
 
+import json
+import shutil
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.job_config import load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.model.spec import hf_config
 from torchtitan.experiments.rl.unified.plan import checkpoint_steps, count_parameters, GIB, plan_job
 from torchtitan.experiments.rl.unified.provenance import machine, sha256, versions
 
@@ -81,6 +85,18 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
     ):
         assert text in said
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_0.6b_unified", "qwen3_0.6b_vllm_compat", "qwen3_0.6b_fsdp2_tp2"])
+def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
+    for file in (REPOSITORY / "tests/assets/qwen3_tiny").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    shape = hf_config(policy_train_spec("qwen3").model_args["0.6B"])
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    flags = ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "gsm8k_tiny"]
+    config = TRAIN_CONFIGS / f"{name}.toml"
+    assert simple_rl_multiprocess.main(["--dry_run", "--job.config_file", str(config), *flags]) == 0
+    assert "qwen3 0.6B, 596,049,920 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are not in the host's memory")

@@ -104,7 +104,11 @@ class Plan:
         return found
 
     def text(self) -> str:
-        """The plan as lines to print."""
+        """The plan as lines to print, with what speaks against it on this machine."""
+        try:
+            remarks = self.warnings()
+        except ValueError as error:
+            remarks = [str(error)]
         lines = []
         for group in self.groups:
             parts = ", ".join(f"{name} {_gib(size)}" for name, size in group.memory.items() if size)
@@ -116,7 +120,8 @@ class Plan:
         lines.append(
             ("memory", f"up to {_gib(self.total_bytes)} of {_gib(self.memory_bytes)}, {self.cores} cores{where}")
         )
-        return "\n".join(f"{name:<32}{text}" for name, text in [*self.facts[:1], *lines, *self.facts[1:]])
+        lines = [*self.facts[:1], *lines, *self.facts[1:], *(("warning", remark) for remark in remarks)]
+        return "\n".join(f"{name:<32}{text}" for name, text in lines)
 
 
 def plan_job(config: JobConfig) -> Plan:

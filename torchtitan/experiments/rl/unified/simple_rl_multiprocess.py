@@ -131,14 +131,13 @@ async def attempt(config: JobConfig, meshes, task, evaluation) -> str:
         TrainerLost: a rank of the trainer was lost; another attempt may follow.
     """
     from torchtitan.experiments.rl.unified.metrics import RunRecord
+    from torchtitan.experiments.rl.unified.plan import lead
     from torchtitan.experiments.rl.unified.rollout.queue import Batch, TrajectoryQueue
     from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
 
     (step, state), _ = await asyncio.gather(meshes.trainer.start(), meshes.generators.start())
-    lead = config.trajectory_queue.max_staleness
-    lead = min(lead, config.trajectory_queue.capacity or lead)
     batches = [Batch([Trajectory.from_dict(values) for values in batch]) for batch in state.get("batches", [])]
-    queue = TrajectoryQueue(lead, step, batches)
+    queue = TrajectoryQueue(lead(config), step, batches)
     task.load_state_dict(state.get("task"))
     with RunRecord(config, step) as record:
         generating = asyncio.ensure_future(generate(config, meshes, queue, task, evaluation))
@@ -159,11 +158,9 @@ async def run(config: JobConfig, dry_run: bool = False) -> str:
     with closing(Task(config)) as task, closing(Evaluation(config)) as evaluation:
         plan = plan_job(config)
         if dry_run:
-            print(plan.text())
+            return plan.text()
         for warning in plan.warnings():
             print(f"warning: {warning}", file=sys.stderr)
-        if dry_run:
-            return "nothing was started"
         if find_start(config).finished:
             return f"no step was taken: {config.job.dump_folder} stands at its last step"
         # Monarch starts threads at import: only a job that can run gets that far.
