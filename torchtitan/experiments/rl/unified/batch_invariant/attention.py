@@ -142,10 +142,11 @@ def packed_attention(
     check_attention(query.shape[2], query.shape[1], key.shape[1], query.dtype, query.device.type)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-    if query.device.type == "cpu" or longest is None:
+    if query.device.type == "cuda" and longest is None:
         _check_cu_seqlens(cu_seqlens, len(query))
         longest = int(cu_seqlens.diff().max())
-    out, _ = _packed_forward(query, key, value, cu_seqlens, scale, longest)
+    # The CPU's kernel looks into cu_seqlens itself and needs no bound.
+    out, _ = _packed_forward(query, key, value, cu_seqlens, scale, longest or 0)
     return out
 
 
@@ -166,6 +167,7 @@ def _packed_forward(
     """Returns out [T, Hq, D] and the base-2 log-sum-exp of each row, [Hq, T] fp32."""
     tokens, heads, head_size = query.shape
     kv_heads, sequences = key.shape[1], cu_seqlens.shape[0] - 1
+    _check_cu_seqlens(cu_seqlens, tokens)
     query, key, value, cu_seqlens = _dense_rows(query), _dense_rows(key), _dense_rows(value), cu_seqlens.contiguous()
     out = query.new_empty(tokens, heads, head_size)
     lse = query.new_empty(heads, tokens, dtype=torch.float32)
