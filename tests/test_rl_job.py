@@ -193,7 +193,7 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"error: job config {path}: unknown key 'rl.group_sise'; known here: "
-        "group_size, log_samples, microbatch_tokens, mode, prompts_per_step, record_replay"
+        "group_size, log_samples, microbatch_tokens, mode, prompts_per_step, record_replay, truncated_completions"
     ]
 
 
