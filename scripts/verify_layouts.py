@@ -49,6 +49,7 @@ def run(layout: str, flags: list[str], folder: Path) -> list[dict]:
         "parallelism.data_parallel_shard_degree": shards,
         "parallelism.tensor_parallel_degree": tensor,
         "generator.tensor_parallel_degree": tensor,
+        "evaluation.interval": 0,
     }.items():
         command += [f"--{key}", str(value)]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=1200)

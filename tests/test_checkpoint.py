@@ -31,7 +31,7 @@ from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_con
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
-FULL = ["--checkpoint.enable", "--checkpoint.no-last_save_model_only"]
+FULL = ["--checkpoint.enable", "--checkpoint.no-last_save_model_only", "--evaluation.interval", "0"]
 
 
 def job(folder: Path, *flags: str) -> JobConfig:

@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 
-FLAGS = ["--rl.prompts_per_step", "4", "--rl.group_size", "4", "--metrics.no-enable_tensorboard"]
+FLAGS = [
+    "--rl.prompts_per_step",
+    "4",
+    "--rl.group_size",
+    "4",
+    "--evaluation.interval",
+    "0",
+    "--metrics.no-enable_tensorboard",
+]
 
 # Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then.
 FAULTY_JOB = """
