@@ -36,7 +36,14 @@ def without_times(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     flags = ["--training.steps", "3", "--rl.prompts_per_step", "4", "--rl.group_size", "4"]
-    flags += ["--evaluation.problems", "4", "--checkpoint.enable", "--checkpoint.interval", "1", "--checkpoint.no-last_save_model_only"]
+    flags += [
+        "--evaluation.problems",
+        "4",
+        "--checkpoint.enable",
+        "--checkpoint.interval",
+        "1",
+        "--checkpoint.no-last_save_model_only",
+    ]
     return job(tmp_path_factory.mktemp("first") / "run", *flags)
 
 

@@ -68,18 +68,25 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
 
 
 FORGETS_ONE_UPDATE = """
+import dataclasses
 import sys
 from torchtitan.experiments.rl.unified.actors import generator
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 class ForgetsOneUpdate(generator.Replica):
-    calls = 0
+    updates = 0
 
     async def update_weights(self, update):
-        self.calls += 1
+        self.updates += 1
         # The first brings the initial weights; this one follows step 1.
-        if self.calls != 2:
+        if self.updates != 2:
             await super().update_weights(update)
+
+    async def generate(self, requests):
+        trajectories = await super().generate(requests)
+        if LIES:
+            trajectories = [dataclasses.replace(t, policy_version=self.updates - 1) for t in trajectories]
+        return trajectories
 
 generator.Replica = ForgetsOneUpdate
 sys.exit(main(sys.argv[1:]))
@@ -87,13 +94,18 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_forgotten_weight_update_stops_the_run(tmp_path):
-    """Proves that the parity check can fail, and that its error says where."""
-    done = run(["-c", FORGETS_ONE_UPDATE], tmp_path / "run", "--training.steps", "4", "--optimizer.lr", "1e-3")
+@pytest.mark.parametrize("lies", [False, True])
+def test_a_forgotten_weight_update_stops_the_run(lies, tmp_path):
+    """Proves that a generator on old weights is noticed: by its version, and by parity if it names the wrong one."""
+    script = FORGETS_ONE_UPDATE.replace("LIES", str(lies))
+    done = run(["-c", script], tmp_path / "run", "--training.steps", "4", "--optimizer.lr", "1e-3")
     assert done.returncode == 1
-    assert "sampled tokens have another log-prob in the trainer than in the generator" in done.stderr
-    assert "first at step 2, prompt 'epoch 0 row " in done.stderr
-    assert "position " in done.stderr and ": generator -" in done.stderr and ", trainer -" in done.stderr
+    if lies:
+        assert "sampled tokens have another log-prob in the trainer than in the generator" in done.stderr
+        assert "first at step 2, prompt 'epoch 0 row " in done.stderr
+        assert "position " in done.stderr and ": generator -" in done.stderr and ", trainer -" in done.stderr
+    else:
+        assert "32 of 32 completions were sampled under policy version 0, not 1" in done.stderr
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1]
 
 
@@ -197,11 +209,31 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
     ]
 
 
+ONE_ADVANTAGE_IS_NAN = """
+import sys
+import torch
+from torchtitan.experiments.rl.unified.actors import mesh
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+class OneAdvantageIsNan(mesh.TrainerMesh):
+    calls = 0
+
+    async def step(self, trajectories, advantages):
+        self.calls += 1
+        if self.calls == 3:
+            advantages[5] = torch.nan
+        return await super().step(trajectories, advantages)
+
+mesh.TrainerMesh = OneAdvantageIsNan
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_stops_every_rank_and_keeps_the_last_checkpoint(tmp_path):
     """Proves that NaN reaches neither optimizer nor checkpoint on two ranks, and that nothing hangs."""
-    flags = ["--training.steps", "5", "--optimizer.lr", "1e30", "--checkpoint.enable", "--checkpoint.interval", "1"]
-    done = run([str(COMMAND)], tmp_path / "run", *flags)
+    flags = ["--training.steps", "5", "--checkpoint.enable", "--checkpoint.interval", "1"]
+    done = run(["-c", ONE_ADVANTAGE_IS_NAN], tmp_path / "run", *flags)
     assert done.returncode == 1
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     taken = [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")]

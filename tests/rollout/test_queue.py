@@ -16,6 +16,12 @@ from torchtitan.experiments.rl.unified.simple_rl_multiprocess import generate
 STEPS = 12
 
 
+class Sampled(str):
+    """Stands for a trajectory: which batch it belongs to, and by which version it was sampled."""
+
+    policy_version = 0
+
+
 class FakeRun:
     """A trainer that counts versions and a generator that says which version sampled which batch."""
 
@@ -53,7 +59,9 @@ class FakeRun:
         for _ in range(20 if self.slow == "generator" else 1):
             await asyncio.sleep(0)
         self.generating = False
-        return [f"batch {batch} by {self.engine_version}"]
+        sampled = Sampled(f"batch {batch} by {self.engine_version}")
+        sampled.policy_version = self.engine_version
+        return [sampled]
 
     async def train(self, steps: int, settle_at: int | None = None) -> list[Batch] | None:
         queue = self.queue

@@ -55,9 +55,19 @@ async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
             if not at_end:
                 with timed(seconds, "generate"):
                     trajectories = await meshes.generators.generate(task.next_requests())
+                check_version(trajectories, queue.generator_version)
                 await queue.put(Batch(trajectories, seconds))
     except Exception as error:
         await queue.fail(error)
+
+
+def check_version(trajectories, version: int) -> None:
+    """Raises WeightTransferError unless all were sampled under policy `version`: old weights would look like staleness."""
+    if wrong := [t for t in trajectories if t.policy_version != version]:
+        raise WeightTransferError(
+            f"{len(wrong)} of {len(trajectories)} completions were sampled under policy version "
+            f"{wrong[0].policy_version}, not {version}: a weight update did not reach a generator"
+        )
 
 
 async def train(config: JobConfig, meshes, queue, task, evaluation, record) -> None:

@@ -50,7 +50,7 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
     (
         "Trainer, seconds a step",
         "stack",
-        {f"seconds_{name}": name for name in ("wait", "reward", "train", "sync", "evaluate")},
+        {f"seconds_{name}": name for name in ("wait", "reward", "train", "sync", "evaluate", "save")},
     ),
     (
         "Generators, seconds a step",
