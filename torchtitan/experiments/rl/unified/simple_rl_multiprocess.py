@@ -62,7 +62,7 @@ async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
 
 
 def check_version(trajectories, version: int) -> None:
-    """Raises WeightTransferError unless all were sampled under policy `version`: old weights would look like staleness."""
+    """Raises WeightTransferError unless `version` sampled all of them; old weights would look like staleness."""
     if wrong := [t for t in trajectories if t.policy_version != version]:
         raise WeightTransferError(
             f"{len(wrong)} of {len(trajectories)} completions were sampled under policy version "
