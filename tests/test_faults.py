@@ -95,7 +95,7 @@ def test_a_killed_controller_leaves_nothing_behind(tmp_path):
     mark = f"FAULT_TEST={tmp_path}"
     environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as job:
-        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 240, "the first step")
+        wait_for(lambda: has_stepped(tmp_path / "run"), 240, "the first step")
         assert len(marked(mark)) >= 5  # controller, trainer, generator, two workers
         job.send_signal(signal.SIGKILL)
     wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
@@ -116,12 +116,17 @@ def test_ctrl_c_ends_the_job_in_good_order(tmp_path):
         start_new_session=True,
     )
     with job:
-        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), 240, "the first step")
+        wait_for(lambda: has_stepped(tmp_path / "run"), 240, "the first step")
         os.killpg(job.pid, signal.SIGINT)
         _, errors = job.communicate(timeout=60)
     assert job.returncode == 130 and errors.strip().endswith("interrupted") and "Traceback" not in errors
     assert metrics(tmp_path / "run")
     wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
+
+
+def has_stepped(folder: Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
 
 
 def marked(mark: str) -> list[int]:

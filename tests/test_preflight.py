@@ -23,7 +23,7 @@ def odd_heads(monkeypatch):
 
 
 def test_a_head_size_without_a_kernel_is_refused_with_the_way_out(odd_heads):
-    with pytest.raises(ValueError, match=r"no kernel for head size 48; .*\[parity\] check = \"off\" runs"):
+    with pytest.raises(ValueError, match=r"no kernel for head size 48 on cpu; .*\[parity\] check = \"off\" runs"):
         check_arithmetic(load_job_config(["--model.name", "odd"]))
     check_arithmetic(load_job_config(["--model.name", "odd", "--parity.check", "off"]))
 
