@@ -193,8 +193,10 @@ def save_error(error: BaseException, step: int, folder: Path) -> CheckpointError
     path = folder / f"step-{step}"
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     what = f"{type(causes[0]).__name__}: {str(causes[0]).splitlines()[0] if str(causes[0]) else ''}"
-    if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes) or free < 2**20:
-        what = f"no space left on the disk (ENOSPC, {free} bytes free; {what})"
+    # torch's writer does not pass the system's error on: a write that the disk cut short is an "unexpected pos" to it.
+    cut_short = any("unexpected pos" in str(cause) for cause in causes)
+    if cut_short or free < 2**20 or any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
+        what = f"no space left on the disk ({free} bytes free now; {what})"
     if path.is_dir() and _inspect(step, path).kind == "cut off":
         shutil.rmtree(path, ignore_errors=True)
     return CheckpointError(
