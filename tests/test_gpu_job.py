@@ -18,11 +18,23 @@ BFLOAT16 = [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype",
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["unified", "vllm_compat"])
-def test_fifty_steps_have_no_mismatch(tmp_path, mode):
-    """Proves that parity holds on a GPU over weight updates, through the processes and the transport of a job."""
+@pytest.mark.parametrize(
+    "mode, transport", [("unified", "vllm_ipc"), ("vllm_compat", "vllm_ipc"), ("unified", "shared_memory")]
+)
+def test_fifty_steps_have_no_mismatch(tmp_path, mode, transport):
+    """Proves that parity holds on a GPU over weight updates, through the processes and the transports of a job."""
     flags = ["--job.config_file", TRAIN_CONFIGS / "debug_cpu.toml", "--job.dump_folder", tmp_path / "run"]
-    flags += ["--rl.mode", mode, "--training.steps", 50, "--parallelism.data_parallel_replicate_degree", 1, *BFLOAT16]
+    flags += [
+        "--weight_sync.transport",
+        transport,
+        "--rl.mode",
+        mode,
+        "--training.steps",
+        50,
+        "--parallelism.data_parallel_replicate_degree",
+        1,
+        *BFLOAT16,
+    ]
     command = [sys.executable, COMMAND, *flags]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -23,9 +23,15 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
     Receiver,
     SharedMemoryTransport,
     TensorSpec,
+    VllmIpcTransport,
     WeightTransferError,
 )
-from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum, copy_with_checksum
+from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import (
+    _library,
+    checksum,
+    copy_with_checksum,
+    lane_sums,
+)
 from torchtitan.experiments.rl.unified.job_config import load_job_config
 
 
@@ -249,6 +255,50 @@ def test_checksum_sees_changed_bits_moved_words_and_lost_tails(threads):
     # The same on every machine: sender and receiver may be two.
     assert checksum(torch.arange(1000, dtype=torch.float32)) == 11072408845273251774
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 63, 64, 65, 1000, 1 << 20, (1 << 20) + 1, 3 * (1 << 20) - 7, 65 * (1 << 20) + 72]
+)
+def test_torchs_operations_give_the_kernels_checksum(size):
+    for data in (
+        torch.randint(256, (size,), dtype=torch.uint8),
+        torch.randint(256, (size + 1,), dtype=torch.uint8)[1:],
+    ):
+        sums = lane_sums(data)
+        assert _library().checksum_of_sums(sums.data_ptr(), size) == checksum(data)
+
+
+def test_vllms_ipc_engine_is_for_one_gpu_that_all_share():
+    flags = ["--weight_sync.transport", "vllm_ipc", "--parallelism.data_parallel_replicate_degree"]
+    check_transport(load_job_config([*flags, "1"]))
+    with pytest.raises(ValueError, match="the job has 2 and 1, on this host"):
+        check_transport(load_job_config([*flags, "2"]))
+    with pytest.raises(ValueError, match='use "shared_memory"'):
+        check_transport(load_job_config([*flags, "1", "--generator.tensor_parallel_degree", "2"]))
+
+
+@pytest.mark.gpu
+def test_bytes_in_a_gpus_memory_are_checked_where_they_lie():
+    sent = {name: tensor.cuda() for name, tensor in tensors().items()}
+    assert {name: checksum(t) for name, t in sent.items()} == {name: checksum(t) for name, t in tensors().items()}
+    transport = VllmIpcTransport(slots=2)
+    opened = []
+
+    def open_here(handle):  # CUDA maps no process's memory into itself.
+        opened.append(handle)
+        return transport._memory.segments[update.location].buffer
+
+    receiver = Receiver(open_here)
+    for version in range(1, 5):
+        update = transport.send(version, weights(sent))
+        found = receiver.receive(update)
+        assert all(tensor.is_cuda for tensor in found.values())
+        assert_arrived(found, sent)
+    assert len(opened) == 2
+    transport._memory.segments[update.location].buffer[update.entries[2].offset - 1] ^= 1
+    with pytest.raises(WeightTransferError, match="arrived damaged"):
+        receiver.receive(update)
 
 
 def test_the_job_names_its_transport(tmp_path):

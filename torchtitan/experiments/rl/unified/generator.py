@@ -19,6 +19,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
     WeightUpdate,
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
+from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import open_handle
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.placement import not_placed
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
@@ -174,7 +175,7 @@ class PolicyWorker:
 
     @functools.cached_property
     def policy_receiver(self) -> Receiver:
-        return Receiver()
+        return Receiver(lambda handle: open_handle(handle, self.vllm_config, self.device))
 
 
 def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchtitan.experiments.rl.unified.infra.process import threads_of_rank
+from torchtitan.experiments.rl.unified.infra.process import data_parallel_degree, threads_of_rank, trainer_ranks
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.preflight import data_parallel_degree, trainer_ranks
 
 GIB = 2**30
 # Memory of a process with this job's libraries and no model to speak of. Measured: resident size, pages that processes
@@ -60,6 +59,7 @@ class Plan:
         groups: its processes.
         facts: (name, text) of everything else worth knowing.
         overlap: trainer and generators compute at the same time.
+        needs_gpu: the setting that does; empty: none.
         cores: that this machine gives the job.
         memory_bytes: that this machine has, or the limit this process runs under.
         on_host: the models lie in the host's memory, not in an accelerator's.
@@ -68,6 +68,7 @@ class Plan:
     groups: list[ProcessGroup]
     facts: list[tuple[str, str]]
     overlap: bool = False
+    needs_gpu: str = ""
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     memory_bytes: int = field(default_factory=lambda: machine_memory())
     on_host: bool = field(default_factory=lambda: not torch.cuda.is_available())
@@ -80,8 +81,10 @@ class Plan:
         """What will be slow or tight.
 
         Raises:
-            ValueError: the job needs more memory than the machine has, even with short completions.
+            ValueError: the job needs more memory than the machine has, even with short completions, or a GPU.
         """
+        if self.needs_gpu and self.on_host:
+            raise ValueError(f'{self.needs_gpu} needs a GPU, which this machine has not: use "shared_memory"')
         found = []
         threads = [group.count * group.threads * group.here for group in self.groups[1:]]
         busiest = sum(threads) if self.overlap else max(threads)
@@ -131,7 +134,9 @@ def plan_job(config: JobConfig) -> Plan:
     """
     parameters = count_parameters(config)
     groups = [_controller(), _trainer(config, parameters), *_generators(config, parameters)]
-    return Plan(groups, _facts(config, parameters), overlap=lead(config) > 0)
+    transport = config.weight_sync.transport
+    needs_gpu = f'[weight_sync] transport = "{transport}"' if transport == "vllm_ipc" else ""
+    return Plan(groups, _facts(config, parameters), lead(config) > 0, needs_gpu)
 
 
 def lead(config: JobConfig) -> int:

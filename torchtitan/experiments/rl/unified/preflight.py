@@ -14,6 +14,7 @@ import torch
 from torchtitan.experiments.rl.unified.batch_invariant import check_supported
 from torchtitan.experiments.rl.unified.batch_invariant.attention import check_attention
 from torchtitan.experiments.rl.unified.checkpoint import check_model, find_start
+from torchtitan.experiments.rl.unified.infra.process import data_parallel_degree
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.loss import policy_loss
 from torchtitan.experiments.rl.unified.model.compat import to_compat
@@ -23,19 +24,6 @@ from torchtitan.experiments.rl.unified.rollout.datasets import PromptDataset
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
 
 logger = logging.getLogger(__name__)
-
-
-def trainer_ranks(config: JobConfig) -> int:
-    """Processes of the trainer mesh: the product of `[parallelism]`'s degrees."""
-    degrees = config.parallelism
-    return data_parallel_degree(config) * math.prod(
-        (degrees.tensor_parallel_degree, degrees.context_parallel_degree, degrees.pipeline_parallel_degree)
-    )
-
-
-def data_parallel_degree(config: JobConfig) -> int:
-    """Shares that the batch is cut into; a shard degree of -1 is torchtitan's "what is left", here 1."""
-    return config.parallelism.data_parallel_replicate_degree * max(1, config.parallelism.data_parallel_shard_degree)
 
 
 def check_checkpoint(config: JobConfig) -> None:

@@ -15,10 +15,9 @@ from monarch.actor import Actor, endpoint, HostMesh
 from torchtitan.experiments.rl.unified.actors.calls import answer, stop
 from torchtitan.experiments.rl.unified.generator import Generator
 from torchtitan.experiments.rl.unified.infra.device import use_gpus
-from torchtitan.experiments.rl.unified.infra.process import bind_to_cores, ProcessLost, quiet_libraries
+from torchtitan.experiments.rl.unified.infra.process import bind_to_cores, ProcessLost, quiet_libraries, trainer_ranks
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError, WeightUpdate
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.preflight import trainer_ranks
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 logger = logging.getLogger(__name__)

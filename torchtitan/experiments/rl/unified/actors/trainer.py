@@ -18,11 +18,11 @@ from torchtitan.experiments.rl.unified.infra.process import (
     ProcessLost,
     quiet_libraries,
     threads_of_rank,
+    trainer_ranks,
     TrainerLost,
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport, WeightUpdate
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.preflight import trainer_ranks
 from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
 
 

@@ -6,6 +6,7 @@
 """What a process of this experiment sets before it works."""
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -22,6 +23,19 @@ class ProcessLost(RuntimeError):
 
 class TrainerLost(ProcessLost):
     """It was one of the trainer's."""
+
+
+def trainer_ranks(config: JobConfig) -> int:
+    """Processes of the trainer mesh: the product of `[parallelism]`'s degrees."""
+    degrees = config.parallelism
+    return data_parallel_degree(config) * math.prod(
+        (degrees.tensor_parallel_degree, degrees.context_parallel_degree, degrees.pipeline_parallel_degree)
+    )
+
+
+def data_parallel_degree(config: JobConfig) -> int:
+    """Shares that the batch is cut into; a shard degree of -1 is torchtitan's "what is left", here 1."""
+    return config.parallelism.data_parallel_replicate_degree * max(1, config.parallelism.data_parallel_shard_degree)
 
 
 def threads_of_rank(ranks: int) -> int:

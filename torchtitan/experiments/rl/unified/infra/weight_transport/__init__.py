@@ -9,6 +9,8 @@ import os
 import socket
 from pathlib import Path
 
+import torch
+from torchtitan.experiments.rl.unified.infra.process import trainer_ranks
 from torchtitan.experiments.rl.unified.infra.weight_transport.base import (
     PolicyWeights,
     TensorSpec,
@@ -19,6 +21,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport.base import (
 from torchtitan.experiments.rl.unified.infra.weight_transport.file import FileTransport
 from torchtitan.experiments.rl.unified.infra.weight_transport.receiver import Receiver
 from torchtitan.experiments.rl.unified.infra.weight_transport.shared_memory import SharedMemoryTransport
+from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import VllmIpcTransport
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "Receiver",
     "SharedMemoryTransport",
     "TensorSpec",
+    "VllmIpcTransport",
     "WeightTransferError",
     "WeightTransport",
     "WeightUpdate",
@@ -49,6 +53,8 @@ def build_transport(config: JobConfig) -> WeightTransport:
             from torchtitan.experiments.rl.unified.infra.weight_transport.monarch import MonarchTransport
 
             return MonarchTransport(config.trainer.timeout_seconds, slots)
+        case "vllm_ipc":
+            return VllmIpcTransport(slots)
     raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
 
 
@@ -58,6 +64,7 @@ def check_transport(config: JobConfig) -> None:
     Raises:
         ValueError: they cannot; names the transport that can.
     """
+    gpus = torch.cuda.device_count()
     hosts = {_host(address) for address in (*config.cluster.trainer, *config.cluster.generators)}
     if not (config.cluster.trainer and config.cluster.generators):
         hosts.add("this host")
@@ -65,6 +72,13 @@ def check_transport(config: JobConfig) -> None:
         raise ValueError(
             f'[weight_sync] transport = "shared_memory" stays on one host; [cluster] has {", ".join(sorted(hosts))}: '
             'use "monarch", or "file" with a folder that all of them mount'
+        )
+    ranks = trainer_ranks(config), config.generator.tensor_parallel_degree
+    if config.weight_sync.transport == "vllm_ipc" and (ranks != (1, 1) or hosts != {"this host"} or gpus > 1):
+        raise ValueError(
+            f'[weight_sync] transport = "vllm_ipc" is for one GPU that one trainer rank shares with generators of one '
+            f"rank; the job has {ranks[0]} and {ranks[1]}, on {', '.join(sorted(hosts))} with {gpus} GPUs: use "
+            '"shared_memory", or set CUDA_VISIBLE_DEVICES to one'
         )
     if config.weight_sync.transport == "file":
         folder = _folder(config)

@@ -9,6 +9,7 @@
 // The range is cut into blocks of kBlock bytes that threads share. Eight lanes of 64-bit words run over a block, each
 // with the sum of its words and the sum of those sums (Fletcher, "An arithmetic checksum for serial transmissions",
 // 1982), so that order counts as well. SplitMix64's finalizer (Steele et al., 2014) chains lanes and blocks.
+// checksum.py takes the same sums on a GPU.
 
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 20;
 constexpr int64_t kLine = 64;
+constexpr int kWords = kLine / 8;
 
 // Half a line: the widest that both AVX2 and AVX-512 keep in registers. The second type may lie anywhere.
 typedef uint64_t Lanes __attribute__((vector_size(kLine / 2)));
@@ -51,8 +53,13 @@ void stream(char* to, Lanes words) {
 #endif
 }
 
+int64_t block_size(int64_t size, int64_t block) {
+  const int64_t rest = size - block * kBlock;
+  return rest < kBlock ? rest : kBlock;
+}
+
 template <bool kCopy, bool kStream>
-uint64_t block(char* to, const char* from, int64_t size) {
+Sums block(char* to, const char* from, int64_t size) {
   Sums sums;
   int64_t i = 0;
   for (; i + kLine <= size; i += kLine) {
@@ -73,36 +80,43 @@ uint64_t block(char* to, const char* from, int64_t size) {
     if (kCopy) std::memcpy(to + i, from + i, size - i);
     for (int half = 0; half < 2; ++half) sums.add(half, rest[half]);
   }
-  uint64_t h = mix(size);
-  for (int half = 0; half < 2; ++half) {
-    for (int lane = 0; lane < 4; ++lane) h = mix(mix(h ^ sums.sum[half][lane]) ^ sums.sums[half][lane]);
-  }
-  return h;
+  return sums;
 }
 
 }  // namespace
+
+// The checksum of a range of `size` bytes: `sums` has, for each of its blocks, the sums of the lanes' words and then the
+// sums of those sums.
+extern "C" uint64_t checksum_of_sums(const uint64_t* sums, int64_t size) {
+  uint64_t of_range = 0;
+  for (int64_t b = 0; b * kBlock < size; ++b, sums += 2 * kWords) {
+    uint64_t h = mix(block_size(size, b));
+    for (int lane = 0; lane < kWords; ++lane) h = mix(mix(h ^ sums[lane]) ^ sums[kWords + lane]);
+    of_range = mix(of_range ^ h);
+  }
+  return of_range;
+}
 
 // Checksum of `size` bytes at `from`, copied to `to` unless that is null; by `threads` threads, whose number does not
 // enter the result.
 extern "C" uint64_t copy_checksum(char* to, const char* from, int64_t size, int threads) {
   const int64_t blocks = (size + kBlock - 1) / kBlock;
-  std::vector<uint64_t> of_block(blocks);
+  std::vector<Sums> sums(blocks);
   const bool aligned = reinterpret_cast<uintptr_t>(to) % kLine == 0;
 #pragma omp parallel for num_threads(threads) if (blocks > 1)
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t begin = b * kBlock, length = size - begin < kBlock ? size - begin : kBlock;
+    const int64_t begin = b * kBlock, length = block_size(size, b);
     if (to == nullptr) {
-      of_block[b] = block<false, false>(nullptr, from + begin, length);
+      sums[b] = block<false, false>(nullptr, from + begin, length);
     } else if (aligned) {
-      of_block[b] = block<true, true>(to + begin, from + begin, length);
+      sums[b] = block<true, true>(to + begin, from + begin, length);
     } else {
-      of_block[b] = block<true, false>(to + begin, from + begin, length);
+      sums[b] = block<true, false>(to + begin, from + begin, length);
     }
 #ifdef __AVX2__
     _mm_sfence();
 #endif
   }
-  uint64_t h = 0;
-  for (uint64_t sum : of_block) h = mix(h ^ sum);
-  return h;
+  static_assert(sizeof(Sums) == 2 * kWords * sizeof(uint64_t), "checksum_of_sums reads them one after the other");
+  return checksum_of_sums(reinterpret_cast<const uint64_t*>(sums.data()), size);
 }

@@ -96,7 +96,7 @@ def check_version(buffer: torch.Tensor, update: WeightUpdate) -> None:
     try:
         if not 0 < length <= buffer.numel() - PREFIX:
             raise ValueError("no table of contents")
-        found = json.loads(buffer[PREFIX : PREFIX + length].numpy().tobytes())["__metadata__"]["version"].strip()
+        found = json.loads(buffer[PREFIX : PREFIX + length].cpu().numpy().tobytes())["__metadata__"]["version"].strip()
     except (ValueError, KeyError, TypeError) as error:
         raise WeightTransferError(
             f"weights of version {update.version}: {update.location} has no readable table of contents; its sender is "

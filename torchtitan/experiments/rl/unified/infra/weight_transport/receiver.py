@@ -6,6 +6,8 @@
 """The receiving end, the same for every transport: maps the bytes, reads them in place, believes only checksums."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torchtitan.experiments.rl.unified.infra.weight_transport.base import WeightTransferError, WeightUpdate
@@ -14,9 +16,14 @@ from torchtitan.experiments.rl.unified.infra.weight_transport.layout import chec
 
 
 class Receiver:
-    """Reads updates whose bytes lie on this host. It keeps its mapping of memory, which is not free to make."""
+    """Reads updates whose bytes lie on this host. It keeps its mapping of memory, which is not free to make.
 
-    def __init__(self) -> None:
+    Args:
+        open_handle: maps the memory of a GPU, given an update's handle.
+    """
+
+    def __init__(self, open_handle: Callable[[Any], torch.Tensor] | None = None) -> None:
+        self._open_handle = open_handle
         self._mapped: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def receive(self, update: WeightUpdate) -> dict[str, torch.Tensor]:
@@ -50,20 +57,34 @@ class Receiver:
 
     def _map(self, update: WeightUpdate) -> torch.Tensor:
         try:
-            status = os.stat(update.location)
-            key = (update.location, status.st_ino, status.st_size)
+            key = self._key(update)
             if key not in self._mapped:
                 # Those of files, and of senders that are gone, would hold space that nobody can use.
                 self._mapped = {key: buffer for key, buffer in self._mapped.items() if _is_memory(key[0])}
-                self._mapped[key] = torch.from_file(
-                    update.location, shared=_is_memory(update.location), size=status.st_size, dtype=torch.uint8
-                )
-        except (OSError, RuntimeError) as error:
+                self._mapped[key] = self._open(update)
+        except (OSError, RuntimeError, ValueError) as error:
             raise WeightTransferError(
-                f"weights of version {update.version}: {update.location} is gone; its sender has closed it or died"
+                f"weights of version {update.version}: {update.location} is gone; its sender has closed it or died "
+                f"({error})"
             ) from error
         return self._mapped[key]
 
+    @staticmethod
+    def _key(update: WeightUpdate) -> tuple[str, int, int]:
+        if update.handle is not None:
+            return update.location, 0, max((entry.end for entry in update.entries), default=0)
+        status = os.stat(update.location)
+        return update.location, status.st_ino, status.st_size
+
+    def _open(self, update: WeightUpdate) -> torch.Tensor:
+        if update.handle is not None:
+            return self._open_handle(update.handle)
+        memory, size = _is_memory(update.location), os.stat(update.location).st_size
+        return torch.from_file(update.location, shared=memory, size=size, dtype=torch.uint8)
+
 
 def _is_memory(location: str) -> bool:
-    return location.startswith("/proc/") and os.path.exists(location)
+    """Memory of a process that lives: of the host, or of a GPU."""
+    kind, _, rest = location.partition(":")
+    path = f"/proc/{rest.split(':')[0]}" if kind == "gpu" else location
+    return path.startswith("/proc/") and os.path.exists(path)

@@ -6,6 +6,7 @@
 """Weights through memory that two processes of a host share."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torchtitan.experiments.rl.unified.infra.weight_transport.base import PolicyWeights, WeightTransport, WeightUpdate
@@ -41,10 +42,11 @@ class SharedMemoryTransport(WeightTransport):
 
     Args:
         slots: versions that stay fetchable; each holds memory of the size of the weights.
+        make_segment: makes such memory, given its size in bytes.
     """
 
-    def __init__(self, slots: int = 1) -> None:
-        self.slots = slots
+    def __init__(self, slots: int = 1, make_segment: Callable[[int], Segment] = Segment) -> None:
+        self.slots, self.make_segment = slots, make_segment
         # By location; the version that was sent longest ago comes first.
         self.segments: dict[str, Segment] = {}
 
@@ -69,6 +71,6 @@ class SharedMemoryTransport(WeightTransport):
         if oldest is not None and oldest.size != size:
             oldest.close()
             oldest = None
-        segment = oldest or Segment(size)
+        segment = oldest or self.make_segment(size)
         self.segments[segment.location] = segment
         return segment
