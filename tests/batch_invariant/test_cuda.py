@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
+from torchtitan.experiments.rl.unified.batch_invariant import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.batch_invariant.attention import check_attention, packed_attention
 from torchtitan.experiments.rl.unified.batch_invariant.flash import HEAD_SIZES, LEAST_QUERIES
 
@@ -179,6 +179,18 @@ def test_gradients_of_vllms_operations_agree_with_float64():
         assert (out - wanted).norm() < GRADIENT_ERROR * wanted.norm()
         pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, doubles, grad.double()))
         assert all((one - two).norm() < GRADIENT_ERROR * two.norm() for one, two in pairs)
+
+
+@needs_gpu
+def test_products_of_a_backward_pass_repeat_and_leave_those_of_the_forward_alone(mode):
+    for k, n in PRODUCTS:
+        x, weight = torch.randn(1000, k, device="cuda").bfloat16(), torch.randn(n, k, device="cuda").bfloat16()
+        rows = F.linear(x, weight)
+        with backward_arithmetic():
+            one, two = (F.linear(x, weight) for _ in range(2))
+        assert torch.equal(one, two) and (one - rows).norm() < GRADIENT_ERROR * rows.norm()
+        # Where a split sum would show: few rows, many terms.
+        assert torch.equal(F.linear(x[:3], weight), rows[:3])
 
 
 @needs_gpu

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
+from torchtitan.experiments.rl.unified.batch_invariant import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.checkpoint import (
     checkpoint_folder,
     CheckpointError,
@@ -231,7 +231,8 @@ class RLTrainer(Trainer):
             kl_reference=kl_reference,
         )
         del logits  # The graph needs them no more.
-        (loss * self.gradient_scale).backward()
+        with self._arithmetic_of_backward():
+            (loss * self.gradient_scale).backward()
         self._losses.append(loss.detach())
         if len(self._losses) == self.gradient_accumulation_steps:
             self._check_finite()
@@ -291,6 +292,12 @@ class RLTrainer(Trainer):
     def _arithmetic(self) -> contextlib.AbstractContextManager:
         off = self.job_config.parity.check == "off"
         return contextlib.nullcontext() if off else batch_invariant_mode()
+
+    def _arithmetic_of_backward(self) -> contextlib.AbstractContextManager:
+        # What activation checkpointing computes again is to be what was computed before.
+        recomputes = self.job_config.activation_checkpoint.mode != "none"
+        off = self.job_config.parity.check == "off"
+        return contextlib.nullcontext() if off or recomputes else backward_arithmetic()
 
     def _is_trained(self, trajectory: Trajectory) -> bool:
         """Whether the loss has the trajectory's tokens, and its token count too."""

@@ -7,6 +7,7 @@
 
 import ctypes
 import functools
+import inspect
 from pathlib import Path
 
 import torch
@@ -40,8 +41,11 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
     source = (folder / f"{name}.cpp").read_text()
     # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
     source += f"\n// {torch.backends.cpu.get_cpu_capability()}\n"
+    # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
+    knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+    options = {"needs_vec_isa": False} if knows else {}
     try:
-        return CppCodeCache.load(source, extra_flags=_FLAGS, needs_vec_isa=False)
+        return CppCodeCache.load(source, extra_flags=_FLAGS, **options)
     except InvalidCxxCompiler as error:
         raise RuntimeError(
             f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"

@@ -5,7 +5,9 @@
 
 """vLLM's batch-invariant kernels for CUDA, with an end to them. Importing this module imports vLLM."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from vllm.model_executor.determinism import batch_invariant as vllm_batch_invariant
@@ -41,6 +43,22 @@ def install() -> None:
 def enable_for_vllm_process() -> None:
     """Adds to vLLM's own mode what it lacks: one top-p kernel for every batch size."""
     topk_topp_triton._SPLIT_MAX_BATCH = 0
+
+
+@contextlib.contextmanager
+def backward_arithmetic() -> Iterator[None]:
+    """Products by cuBLAS, which remembers the kernel it chose; cuBLASLt chooses anew at each call, for 0.1 ms."""
+    _use_blas("cublas", splits=True)  # It cannot be told not to split sums.
+    try:
+        yield
+    finally:
+        _use_blas("cublaslt", splits=False)
+
+
+def _use_blas(library: str, splits: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False, splits
+    torch.backends.cuda.preferred_blas_library(library)
 
 
 def uninstall() -> None:
