@@ -5,7 +5,7 @@
 
 """What the policy's trainer costs beside torchtitan's own, and what packing saves, measured in turn.
 
-    python scripts/benchmark_trainer.py [--rounds 5] [--dim 384] [--layers 6]
+    python scripts/benchmark_trainer.py [--rounds 3] [--dim 384] [--layers 6]
 
 One process, one rank, parity off on both sides: stock ops. (a) An RLTrainer step (policy loss) against torchtitan's
 Trainer (plain cross-entropy) on the same packed tokens. (b) RLTrainer on packed sequences against the same sequences
@@ -35,7 +35,7 @@ from torchtitan.experiments.rl.unified.rollout.packing import Microbatch, pack, 
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 from torchtitan.models.attention import VarlenMetadata
 
-SEQUENCES, MICROBATCH_TOKENS = 32, 4096
+SEQUENCES, MICROBATCH_TOKENS = 64, 8192
 
 
 def job(folder: Path, dim: int, layers: int) -> JobConfig:
@@ -133,7 +133,7 @@ def in_turn(steps: dict[str, Callable[[], None]], tokens: int, rounds: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=384, help="model width, a multiple of 128")
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()

@@ -13,11 +13,13 @@ sends, the other fetches, verifies, copies into its own tensors and reads those 
 plain copy runs in between, round by round. Extra memory is what both processes hold beyond their own weights, shared
 pages counted once, at its peak.
 
-With --updates a tiny model is sent to a real engine that many times: the memory of both processes must stay flat.
+With --updates the default job takes so many steps, small ones: the memory of each of its processes must stay flat.
 """
 
 import argparse
 import asyncio
+import contextlib
+import json
 import os
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
+from chaos_resume import Job
 from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import (
     build_transport,
@@ -53,28 +56,37 @@ def random_weights(flavor: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
-def memory_bytes(field: str = "Pss") -> int:
-    """This process's memory; "Pss" counts a page that n processes share as 1/n of one."""
-    with open("/proc/self/smaps_rollup") as file:
+def memory_bytes(pid: int, field: str) -> int:
+    """Memory of a process; "Pss" counts a page that n processes share as 1/n of one."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 
 
 class PeakMemory:
-    """Samples this process's memory until stopped."""
+    """Samples what processes hold together, from now until stopped.
 
-    def __init__(self) -> None:
-        self.peak, self._stop = memory_bytes(), threading.Event()
+    Args:
+        pids: the processes.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids, self._stop = pids, threading.Event()
+        self.first = self.peak = self._together()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
+    def _together(self) -> int:
+        return sum(memory_bytes(pid, "Pss") for pid in self.pids)
+
     def _sample(self) -> None:
-        while not self._stop.wait(0.05):
-            self.peak = max(self.peak, memory_bytes())
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, self._together())
 
     def stop(self) -> int:
+        """Bytes that were added at the peak."""
         self._stop.set()
         self._thread.join()
-        return self.peak
+        return self.peak - self.first
 
 
 def drop_from_page_cache(path: str) -> None:
@@ -114,15 +126,10 @@ def benchmark_actors():
             return seconds, update
 
         @endpoint
-        def watch(self) -> int:
+        def pid(self) -> int:
             self.copy = None
             checksum(torch.zeros(1))  # What the kernel's loader imports is no weight.
-            self.peak = PeakMemory()
-            return self.peak.peak
-
-        @endpoint
-        def peak_memory(self) -> int:
-            return self.peak.stop()
+            return os.getpid()
 
         @endpoint
         def close(self) -> None:
@@ -147,14 +154,9 @@ def benchmark_actors():
             return time.perf_counter() - start
 
         @endpoint
-        def watch(self) -> int:
+        def pid(self) -> int:
             checksum(torch.zeros(1))
-            self.peak = PeakMemory()
-            return self.peak.peak
-
-        @endpoint
-        def peak_memory(self) -> int:
-            return self.peak.stop()
+            return os.getpid()
 
         @endpoint
         def close(self) -> None:
@@ -175,10 +177,10 @@ async def benchmark(transport: str, flavor: str, rounds: int, folder: Path) -> d
     print(f"{transport:14s} first round, which allocates: send {send:.2f} s + receive {receive:.2f} s")
     # Again in new processes: the peak includes the first, allocating send.
     async with two_ends(transport, flavor, folder) as (sender, engine, nbytes):
-        before = sum([await end.watch.call_one() for end in (sender, engine)])
+        memory = PeakMemory([await end.pid.call_one() for end in (sender, engine)])
         for version in range(2):
             await engine.receive.call_one((await sender.send.call_one(version))[1])
-        extra = sum([await end.peak_memory.call_one() for end in (sender, engine)]) - before
+        extra = memory.stop()
     copy, send, receive = (statistics.median(column) for column in zip(*seconds, strict=True))
     return {"copy": copy, "send": send, "receive": receive, "bytes": nbytes, "extra_memory": extra / nbytes}
 
@@ -213,49 +215,31 @@ async def benchmark_all(transports: list[str], flavor: str, rounds: int, folder:
 
 
 def repeat_updates(transport: str, updates: int, folder: Path) -> None:
-    """Sends a tiny model from a process of its own to an engine in this one; asserts that nothing grows."""
-    from torch.multiprocessing import get_context
-    from torchtitan.experiments.rl.unified.generator import Generator
-
-    flags = ["--weight_sync.transport", transport, "--weight_sync.folder", str(folder)]
-    config = load_job_config(flags)
+    """Runs the default job, small steps, for that many; asserts that no process grows and nothing is left behind."""
+    flags = ["--rl.prompts_per_step=2", "--rl.group_size=2", "--sampling.max_tokens=24", "--evaluation.interval=0"]
+    flags += [f"--training.steps={updates}", f"--weight_sync.transport={transport}", f"--weight_sync.folder={folder}/w"]
     in_shared_memory = set(os.listdir("/dev/shm"))
-    here, there = get_context("spawn").Pipe()
-    sender = get_context("spawn").Process(target=_send_on_request, args=(there, config), daemon=True)
-    sender.start()
-    generator = Generator(config)
-    start, sizes = time.perf_counter(), []
-    for version in range(1, updates + 1):
-        here.send(version)
-        if not here.poll(60):
-            raise TimeoutError(f"waited 60 s for version {version} from the sender")
-        update, sender_bytes = here.recv()
-        assert generator.update_weights(update) == generator.policy_version == version
-        sizes.append((sender_bytes, memory_bytes("Rss")))
-        if version % 100 == 0:
-            print(f"{transport}: {version} updates, {time.perf_counter() - start:.0f} s", flush=True)
-    seconds = time.perf_counter() - start
-    here.send(None)
-    sender.join(30)
-    generator.close()
-    left = sorted(set(os.listdir("/dev/shm")) - in_shared_memory)
-    for name, column in zip(("sender", "engine"), zip(*sizes, strict=True), strict=True):
-        early, late = max(column[: updates // 5]), max(column[updates // 5 :])
-        print(f"{transport}: {name} {early / 2**20:.1f} MiB in the first fifth, {late / 2**20:.1f} MiB after")
-        assert late <= early * 1.02, f"the {name} grew"
-    assert not left, f"left in /dev/shm: {left}"
-    print(f"{transport}: {updates} updates in {seconds:.0f} s, version right each time, nothing left behind")
-
-
-def _send_on_request(pipe, config: JobConfig) -> None:
-    weights = random_weights(config.model.flavor, getattr(torch, config.generator.dtype))
-    transport = build_transport(config)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
-    while (version := pipe.recv()) is not None:
-        for tensor in weights.values():
-            tensor.add_(1e-3)
-        pipe.send((transport.send(version, PolicyWeights(specs, iter(weights.items()))), memory_bytes("Rss")))
-    transport.close()
+    job, sizes = Job(folder / transport, flags, limit=60), {}
+    while job.process.poll() is None:
+        if step := job.steps():
+            for pid, name in job.processes().items():
+                with contextlib.suppress(OSError):  # It ends.
+                    sizes.setdefault(name, []).append((step, memory_bytes(pid, "Rss")))
+        time.sleep(1)
+    steps = [json.loads(line) for line in (folder / transport / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        job.process.returncode == 0
+    ), f"the job failed: {(folder / transport).with_suffix('.log').read_text()[-2000:]}"
+    assert [step["policy_version"] for step in steps] == list(range(1, updates + 1))
+    assert not any(step["mismatched_tokens"] for step in steps)
+    for name, column in sorted(sizes.items()):
+        early, late = (max(size for step, size in column if (step <= updates // 5) == first) for first in (True, False))
+        grown = late / early - 1
+        print(f"{transport}: {name:18} {early / 2**20:6.1f} MiB in the first fifth, at most {grown:+.1%} after")
+        assert grown <= 0.02, f"{name} grew"
+    left = [*job.orphans(), *sorted(set(os.listdir("/dev/shm")) - in_shared_memory), *folder.glob("w/*")]
+    assert not left, f"left behind: {left}"
+    print(f"{transport}: {updates} updates, version right and every token equal each time, nothing left behind")
 
 
 def main() -> None:
@@ -263,15 +247,14 @@ def main() -> None:
     parser.add_argument("--flavor", default="0.6B", help="of the Qwen3 TrainSpec")
     parser.add_argument("--transports", nargs="+", default=["shared_memory", "file", "monarch"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=0, help="send a tiny model to an engine that often instead")
+    parser.add_argument("--updates", type=int, default=0, help="run the default job for so many steps instead")
     parser.add_argument("--folder", type=Path, help='where transport "file" writes; default: the temporary directory')
     args = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.updates:
             for transport in args.transports:
-                if transport != "monarch":  # It needs actors; it is shared memory at both ends.
-                    repeat_updates(transport, args.updates, Path(folder))
+                repeat_updates(transport, args.updates, Path(folder))
             return
         asyncio.run(benchmark_all(args.transports, args.flavor, args.rounds, Path(folder)))
 

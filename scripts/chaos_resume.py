@@ -28,7 +28,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,10 @@ SMALL = [
 
 class TrialFailed(RuntimeError):
     """The job hung, did not recover, or ended with other bits."""
+
+
+class NothingKilled(Exception):
+    """The job was over, or the victim between two lives, when the moment came."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,11 @@ def plan(trials: int, steps: int, seed: int) -> list[Kill]:
 
 
 def disturb(job: Job, kill: Kill, times: list[dict[str, float]]) -> str:
-    """Waits for the moment and kills; says what was killed and where the run stood."""
+    """Waits for the moment and kills; says what was killed and where the run stood.
+
+    Raises:
+        NothingKilled: the moment found no victim.
+    """
     start = time.monotonic()
     if kill.phase == "start":
         # The job's processes exist, and load, for about this long.
@@ -195,7 +203,7 @@ def disturb(job: Job, kill: Kill, times: list[dict[str, float]]) -> str:
     candidates = sorted((name, pid) for pid, name in job.processes().items() if name.startswith(kill.victim))
     steps, writing = job.steps(), job.writing()
     if job.process.poll() is not None or not candidates:
-        return f"{kill.victim}: the job was faster, nothing killed"
+        raise NothingKilled
     name, pid = candidates[int(kill.fraction * len(candidates))]
     _kill(job.process.pid if kill.victim == "controller" else pid)
     cut = ", a checkpoint half written" if writing else ""
@@ -227,6 +235,20 @@ def run_to_the_end(
         if kill is None:
             break
     raise TrialFailed(f"{what}; exit status {status}; see {folder.with_suffix('.log')}")
+
+
+def kill_once(folder: Path, flags: list[str], limit: float, kill: Kill, times: list[dict[str, float]]) -> str:
+    """`run_to_the_end` with a kill that found its victim: where it found none, in a new folder and two steps earlier.
+
+    Raises:
+        TrialFailed: it does not end well, or no moment found the victim.
+    """
+    for step in (kill.step, max(kill.step - 2, 1), 1):
+        try:
+            return run_to_the_end(folder, flags, limit, replace(kill, step=step), times)
+        except NothingKilled:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise TrialFailed(f"no moment found a {kill.victim} to kill")
 
 
 def differences(one: Path, other: Path, steps: int) -> list[str]:
@@ -298,7 +320,7 @@ def main() -> int:
         for number, kill in enumerate(plan(args.trials, args.steps, args.seed), start=1):
             run = folder / f"trial-{number}"
             try:
-                what = run_to_the_end(run, flags, args.limit, kill, times)
+                what = kill_once(run, flags, args.limit, kill, times)
                 different = differences(undisturbed, run, args.steps)
             except TrialFailed as error:
                 what, different = str(error), ["the job"]

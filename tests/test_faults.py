@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from pathlib import Path
 import pytest
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import chaos_resume  # noqa: E402
+
+# From a fault to the answer that was waited for, or to the end of the job.
+LIMIT_SECONDS = 30
 FLAGS = [
     "--rl.prompts_per_step",
     "4",
@@ -28,7 +34,7 @@ FLAGS = [
 
 # Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then.
 FAULTY_JOB = """
-import asyncio, os, signal, sys
+import asyncio, os, signal, sys, time
 from pathlib import Path
 from torchtitan.experiments.rl.unified.actors import generator, trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
@@ -38,13 +44,20 @@ def pid_of(name):
     return next(int(p) for p in pids if f"HYPERACTOR_PROCESS_NAME={name}" in Path(f"/proc/{p}/environ").read_text())
 
 def kill_at(cls, method, call, name, delay):
-    original, calls = getattr(cls, method), [0]
+    original, calls, killed = getattr(cls, method), [0], []
+
+    def kill():
+        os.kill(pid_of(name), signal.SIGKILL)
+        killed.append(time.monotonic())
 
     async def faulty(self, *args):
         calls[0] += 1
         if calls[0] == call:
-            asyncio.get_running_loop().call_later(delay, lambda: os.kill(pid_of(name), signal.SIGKILL))
-        return await original(self, *args)
+            asyncio.get_running_loop().call_later(delay, kill)
+        answer = await original(self, *args)
+        if killed:
+            print(f"{name} was back after {time.monotonic() - killed.pop():.1f} s", flush=True)
+        return answer
 
     setattr(cls, method, faulty)
 
@@ -70,7 +83,8 @@ def metrics(folder: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, tmp_path):
-    """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank."""
+    """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank.
+    Each is back in time, and the last checkpoint has the undisturbed run's weights, optimizer and position."""
     flags = ["--training.steps", "7", "--trajectory_queue.max_staleness", str(max_staleness)]
     flags += ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.no-last_save_model_only"]
     whole = run(tmp_path / "whole", *flags)
@@ -82,7 +96,92 @@ def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "starting it again, restart 1" in done.stderr and "starting it again, restart 2" in done.stderr
     assert "going on from the last checkpoint, restart 1" in done.stderr
-    assert metrics(tmp_path / "faulty") == metrics(tmp_path / "whole")
+    back = [float(seconds) for seconds in re.findall(r"was back after ([\d.]+) s", done.stdout)]
+    assert len(back) == 3 and max(back) <= LIMIT_SECONDS, back
+    assert chaos_resume.differences(tmp_path / "whole", tmp_path / "faulty", steps=7) == []
+
+
+DAMAGES = {
+    # (what happens to the second update or after it, flags, what the error says)
+    "flipped byte": (
+        """
+def damage(update):
+    with open(update.location, "r+b") as file:
+        file.seek(update.entries[-1].offset)
+        byte = file.read(1)[0]
+        file.seek(update.entries[-1].offset)
+        file.write(bytes([byte ^ 1]))
+""",
+        [],
+        "weights of version 1: layers.1.ffn_norm.weight arrived damaged",
+    ),
+    "cut short": (
+        """
+def damage(update):
+    os.truncate(update.location, update.entries[-1].offset)
+""",
+        ["--weight_sync.transport", "file"],
+        "arrived cut short",
+    ),
+    "base weights": (
+        """
+def damage(update):
+    [replica] = MESHES[0].generators.replicas
+    update_weights = replica.update_weights
+
+    async def update_and_lose(update):
+        await update_weights(update)
+        await replica.stop()
+        replica._update = None
+
+    replica.update_weights = update_and_lose
+""",
+        [],
+        "16 of 16 completions were sampled under policy version -1, not 1",
+    ),
+}
+
+DAMAGED_JOB = """
+import os, sys, time
+from torchtitan.experiments.rl.unified.actors import mesh, trainer
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+MESHES = []
+start, send_weights = mesh.Meshes.__aenter__, trainer.TrainerMesh.send_weights
+
+async def remember(self):
+    MESHES.append(self)
+    return await start(self)
+
+async def send_and_damage(self):
+    update = await send_weights(self)
+    if update.version == 1:
+        damage(update)
+        print("damaged", time.monotonic(), flush=True)
+    return update
+
+mesh.Meshes.__aenter__, trainer.TrainerMesh.send_weights = remember, send_and_damage
+status = main(sys.argv[1:])
+print("ended", time.monotonic(), flush=True)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_weights_that_are_not_the_trainers_stop_the_job(kind, tmp_path):
+    """Proves that a damaged or shortened transfer and an engine on the checkpoint's weights end a job, named."""
+    damage, flags, complaint = DAMAGES[kind]
+    command = [sys.executable, "-c", damage + DAMAGED_JOB, "--job.dump_folder", tmp_path / "run", *FLAGS, *flags]
+    done = subprocess.run(
+        [*map(str, command), "--training.steps", "4"], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert complaint in error
+    damaged, ended = (float(re.search(rf"{word} ([\d.]+)", done.stdout)[1]) for word in ("damaged", "ended"))
+    assert ended - damaged <= LIMIT_SECONDS
+    assert [step["step"] for step in metrics(tmp_path / "run")] == [1]
 
 
 @pytest.mark.slow
