@@ -168,6 +168,8 @@ EQUAL = [
     ("\\boxed{(x+1)}", "x + 1"),
     ("\\boxed{((1+1)3)}", "2\\cdot 3"),
     ("\\boxed{x = 3/3}", "x=1"),
+    ("\\boxed{y=2, x=0.5}", "x = \\frac{1}{2}, y = 2"),
+    ("\\boxed{50%}", "1/2"),
     ("\\boxed{x\\ge 2}", "x \\geq 4/2"),
     ("\\boxed{[(2)(3),7)}", "[(2)(3), 7)"),
     ("\\boxed{9^{9^{9}}}", "9^{9^{9}}"),
@@ -247,6 +249,7 @@ def test_math_verify_does_not_credit_an_expression_that_was_cut_off():
         "[(2)(3),7)",
         "(1,2)",
         "50%+1",
+        "x=1, x>2",
         "\\frac{" * 1000,
     ],
 )
