@@ -113,7 +113,7 @@ def damage(update):
         file.write(bytes([byte ^ 1]))
 """,
         [],
-        "weights of version 1: layers.1.ffn_norm.weight arrived damaged",
+        "weights of version 1: norm.weight arrived damaged",
     ),
     "cut short": (
         """
