@@ -146,11 +146,11 @@ def benchmark_actors():
         def receive(self, update: WeightUpdate) -> float:
             start = time.perf_counter()
             fetched = self.transport.fetch(update)
+            checksums = {entry.spec.name: entry.checksum for entry in update.entries}
             for name, tensor in self.receiver.receive(fetched).items():
                 self.weights[name].copy_(tensor)
+                assert checksum(self.weights[name]) == checksums[name], name
             self.receiver.check_still_there(fetched)
-            for entry in update.entries:
-                assert checksum(self.weights[entry.spec.name]) == entry.checksum, entry.spec.name
             return time.perf_counter() - start
 
         @endpoint

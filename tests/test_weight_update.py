@@ -78,9 +78,12 @@ answer["version after refusal"] = generator.policy_version
 if "--generator.tensor_parallel_degree" not in flags:
     # The engine's own copy is skipped: whoever believes the transport alone would go on with old weights.
     engine_model = generator.engine.llm_engine.model_executor.driver_worker.model_runner.get_model()
-    engine_model.update_weights = lambda weights: None
+    engine_model.update_weights = lambda weights, written: None
     good = send(5)
     answer["not copied"] = refused(lambda: generator.update_weights(good))
+    engine_model.update_weights = lambda weights, written: [written(name) for name, _ in weights]
+    worse = send(6)
+    answer["said to be copied"] = refused(lambda: generator.update_weights(worse))
     answer["generates no more"] = refused(sample)
 transport.close()
 generator.close()
@@ -112,5 +115,6 @@ def test_an_update_changes_the_engine_or_leaves_it_alone(flags, tmp_path):
     assert answer["after refusal"] == answer["new"] and answer["version after refusal"] == 3
     if flags is not TP2:
         assert "version 5: the engine does not hold " in answer["not copied"]
+        assert "version 6: the engine does not hold " in answer["said to be copied"]
         assert "start it again" in answer["generates no more"]
     assert not list((tmp_path / "weights").glob("*"))

@@ -21,7 +21,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
 from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
 from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import open_handle
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.model.placement import not_placed
+from torchtitan.experiments.rl.unified.model.placement import not_placed, Placement
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ class PolicyWorker:
         """Copies what was staged over the engine's weights, and reads them back."""
         model = self.model_runner.get_model()
         try:
-            model.update_weights(self.policy_weights.items())
+            arrived = _Arrivals(model.placements(), self.policy_update, self.policy_weights)
+            model.update_weights(self.policy_weights.items(), written=arrived.check)
             self.policy_receiver.check_still_there(self.policy_update)
-            _check_arrived(model, self.policy_update, self.policy_weights)
+            arrived.check_all()
         except WeightTransferError as error:
             return str(error)
         finally:
@@ -197,17 +198,44 @@ def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:
         raise WeightTransferError(f"no weight update reaches {unreached} of the engine's model")
 
 
-def _check_arrived(model: torch.nn.Module, update: WeightUpdate, weights: dict[str, torch.Tensor]) -> None:
-    """The engine's memory holds the bytes of the update: read from the model, whatever the copy believes."""
-    placements = model.placements()
-    for entry in update.entries:
-        placement = placements[entry.spec.name]
-        expected = entry.checksum if placement.whole else checksum(placement.part_of(weights[entry.spec.name]))
-        if checksum(placement.local) != expected:
-            raise WeightTransferError(
-                f"weights of version {update.version}: the engine does not hold {entry.spec.name} after the update; "
-                "its weights are a mix of versions, start it again"
-            )
+class _Arrivals:
+    """Whether the engine's memory holds the bytes of an update: read from the model, whatever the copy believes.
+
+    Args:
+        placements: of the engine's model.
+        update: what was sent.
+        weights: its tensors.
+    """
+
+    def __init__(
+        self, placements: dict[str, Placement], update: WeightUpdate, weights: dict[str, torch.Tensor]
+    ) -> None:
+        self.placements, self.update, self.weights = placements, update, weights
+        self.checksums = {entry.spec.name: entry.checksum for entry in update.entries}
+        self.missing = set(placements)
+
+    def check(self, name: str) -> None:
+        """Reads a tensor back that has just been written and is perhaps still in the processor's cache.
+
+        Raises:
+            WeightTransferError: it is not what was sent.
+        """
+        placement = self.placements[name]
+        part = self.checksums[name] if placement.whole else checksum(placement.part_of(self.weights[name]))
+        if checksum(placement.local) != part:
+            raise WeightTransferError(self._complaint(name))
+        self.missing.discard(name)
+
+    def check_all(self) -> None:
+        """Raises WeightTransferError if there is a tensor that nobody wrote."""
+        if self.missing:
+            raise WeightTransferError(self._complaint(min(self.missing)))
+
+    def _complaint(self, name: str) -> str:
+        return (
+            f"weights of version {self.update.version}: the engine does not hold {name} after the update; its weights "
+            "are a mix of versions, start it again"
+        )
 
 
 def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_threads: int = 0) -> None:

@@ -5,7 +5,7 @@
 
 """The UNIFIED generator: any TrainSpec model, run by vLLM's engine with vLLM's paged attention."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -103,8 +103,14 @@ class TorchTitanForCausalLM(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     @torch.no_grad()
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def update_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], written: Callable[[str], None] = lambda name: None
+    ) -> None:
         """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
+
+        Args:
+            weights: name and tensor of each.
+            written: called with a name once its tensor is copied.
 
         Raises:
             ValueError: if the names are not those of the model's parameters; nothing is copied then.
@@ -116,6 +122,7 @@ class TorchTitanForCausalLM(nn.Module):
             )
         for name, full in given.items():
             full_to_param(full, own[name])
+            written(name)
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank holds what of each of the TrainSpec model's parameters."""
