@@ -5,7 +5,7 @@
 
 """What the policy's trainer costs beside torchtitan's own, and what packing saves, measured in turn.
 
-    python scripts/benchmark_trainer.py [--rounds 3] [--dim 384] [--layers 6]
+    python scripts/benchmark_trainer.py [--rounds 3] [--dim 256] [--layers 4]
 
 One process, one rank, parity off on both sides: stock ops. (a) An RLTrainer step (policy loss) against torchtitan's
 Trainer (plain cross-entropy) on the same packed tokens. (b) RLTrainer on packed sequences against the same sequences
@@ -134,8 +134,8 @@ def in_turn(steps: dict[str, Callable[[], None]], tokens: int, rounds: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=384, help="model width, a multiple of 128")
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--dim", type=int, default=256, help="model width, a multiple of 128")
+    parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     quiet_libraries()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -76,7 +76,11 @@ class PeakMemory:
         self._thread.start()
 
     def _together(self) -> int:
-        return sum(memory_bytes(pid, "Pss") for pid in self.pids)
+        # While one process maps another's pages their shares change between two looks: a moment of rest is waited for.
+        sizes, before = [memory_bytes(pid, "Pss") for pid in self.pids], []
+        while any(abs(size - old) > 1 << 20 for size, old in zip(sizes, before)) or not before:
+            before, sizes = sizes, [memory_bytes(pid, "Pss") for pid in self.pids]
+        return sum(sizes)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.02):
