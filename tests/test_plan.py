@@ -100,11 +100,21 @@ def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are not in the host's memory")
-def test_a_job_that_cannot_fit_is_refused_before_it_starts(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--generator.kv_cache_gib", "1e6"], "at least 1000"),
+        (
+            ["--weight_sync.transport", "vllm_ipc", "--parallelism.data_parallel_replicate_degree", "1"],
+            '[weight_sync] transport = "vllm_ipc" needs a GPU, which this machine has not: use "shared_memory"',
+        ),
+    ],
+)
+def test_a_job_that_this_machine_cannot_run_is_refused_before_it_starts(flags, complaint, tmp_path, capsys):
     folder = tmp_path / "run"
-    status = simple_rl_multiprocess.main(["--job.dump_folder", str(folder), "--generator.kv_cache_gib", "1e6"])
+    status = simple_rl_multiprocess.main(["--job.dump_folder", str(folder), *flags])
     error = capsys.readouterr().err.strip()
-    assert status == 1 and error.startswith("error: at least 1000") and "\n" not in error
+    assert status == 1 and error.startswith(f"error: {complaint}") and "\n" not in error
     assert not folder.exists()
 
 
