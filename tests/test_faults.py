@@ -32,10 +32,13 @@ FLAGS = [
     "--metrics.no-enable_tensorboard",
 ]
 
-# Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then.
+# Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then; of
+# several names the last one dies and the others hang.
 FAULTY_JOB = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
+from torchtitan.experiments.rl.unified.infra.process import watch_processes
+watch_processes()
 from torchtitan.experiments.rl.unified.actors import generator, trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
@@ -43,10 +46,13 @@ def pid_of(name):
     pids = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
     return next(int(p) for p in pids if f"HYPERACTOR_PROCESS_NAME={name}" in Path(f"/proc/{p}/environ").read_text())
 
-def kill_at(cls, method, call, name, delay):
+def kill_at(cls, method, call, names, delay):
     original, calls, killed = getattr(cls, method), [0], []
+    *hanging, name = names.split("+")
 
     def kill():
+        for other in hanging:
+            os.kill(pid_of(other), signal.SIGSTOP)
         os.kill(pid_of(name), signal.SIGKILL)
         killed.append(time.monotonic())
 
@@ -62,10 +68,10 @@ def kill_at(cls, method, call, name, delay):
     setattr(cls, method, faulty)
 
 for fault in sys.argv.pop(1).split():
-    place, call, name, delay = fault.split(":")
+    place, call, names, delay = fault.split(":")
     cls, method = place.split(".")
     cls = {"Replica": generator.Replica, "TrainerMesh": trainer.TrainerMesh}[cls]
-    kill_at(cls, method, int(call), name, float(delay))
+    kill_at(cls, method, int(call), names, float(delay))
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -81,17 +87,16 @@ def metrics(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, tmp_path):
-    """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank.
-    Each is back in time, and the last checkpoint has the undisturbed run's weights, optimizer and position."""
+@pytest.mark.parametrize("max_staleness, ranks", [(0, "trainer-0+trainer-1"), (2, "trainer-1")])
+def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, ranks, tmp_path):
+    """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank,
+    with the other one hanging. Each is back in time, and the last checkpoint has the undisturbed run's weights,
+    optimizer and position."""
     flags = ["--training.steps", "7", "--trajectory_queue.max_staleness", str(max_staleness)]
     flags += ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.no-last_save_model_only"]
     whole = run(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
-    faults = (
-        "Replica.generate:2:generator0:0.02 Replica.update_weights:4:generator0:0 TrainerMesh.step:5:trainer-1:0.01"
-    )
+    faults = f"Replica.generate:2:generator0:0.02 Replica.update_weights:4:generator0:0 TrainerMesh.step:5:{ranks}:0.01"
     done = run(tmp_path / "faulty", *flags, faults=faults)
     assert done.returncode == 0, done.stderr
     assert "starting it again, restart 1" in done.stderr and "starting it again, restart 2" in done.stderr
@@ -143,6 +148,8 @@ def damage(update):
 
 DAMAGED_JOB = """
 import os, sys, time
+from torchtitan.experiments.rl.unified.infra.process import watch_processes
+watch_processes()
 from torchtitan.experiments.rl.unified.actors import mesh, trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 

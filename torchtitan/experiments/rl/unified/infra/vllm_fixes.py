@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,7 @@ def apply() -> None:
         _die_with_parent()
     if current_platform.is_cpu():
         _seed_by_position()
+        _free_with_last_process()
 
 
 def _die_with_parent() -> None:
@@ -117,3 +119,25 @@ def _seed_by_position() -> None:
 
     CPUModelRunner._update_states = update_states
     TopKTopPSampler.forward_cpu = forward_cpu
+
+
+def _free_with_last_process() -> None:
+    """Memory that the ranks of a tensor parallel engine share.
+
+    Symptom: files of 4 MiB a rank stay in /dev/shm when an engine's processes are killed.
+    Cause: vLLM's C++ removes their names when a process ends in good order.
+    Here: the names go as soon as every rank has mapped the memory, which then lives as long as its last process.
+    Goes: when vLLM does that.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    init = _CPUSHMDistributed._init_cpu_shm
+    if init.__module__ == __name__:
+        return
+
+    def init_and_unlink(self) -> int:
+        handle = init(self)
+        Path("/dev/shm", f"{self.group_name}_{self.communicator.rank}").unlink()
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = init_and_unlink
