@@ -9,9 +9,10 @@
     python scripts/benchmark_weight_sync.py --updates 1000
 
 The weights are random bf16 in the shape of a Qwen3 flavor. A sender and a receiver, two processes, take turns: the one
-sends, the other fetches, verifies, copies into its own tensors and reads those back, as trainer and generator do. The
-plain copy runs in between, round by round. Extra memory is what both processes hold beyond their own weights, shared
-pages counted once, at its peak.
+sends, the other fetches, verifies, brings them to its parameters and reads those back, as trainer and generator do:
+with shared_memory the parameters become views of what was sent, else they are copied. The plain copy runs in between,
+round by round. Extra memory is what both processes hold beyond their own weights, shared pages counted once, at its
+peak.
 
 With --updates the default job takes so many steps, small ones: the memory of each of its processes must stay flat.
 """
@@ -30,7 +31,9 @@ from pathlib import Path
 
 import torch
 from chaos_resume import Job
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
+from torch.nn import Parameter
+from torchtitan.experiments.rl.unified.infra.parallelize import full_to_param
+from torchtitan.experiments.rl.unified.infra.process import give_back_memory, quiet_libraries
 from torchtitan.experiments.rl.unified.infra.weight_transport import (
     build_transport,
     PolicyWeights,
@@ -143,7 +146,8 @@ def benchmark_actors():
         @endpoint
         def setup(self, config: JobConfig, flavor: str) -> None:
             quiet_libraries()
-            self.weights = random_weights(flavor, torch.bfloat16)
+            weights = random_weights(flavor, torch.bfloat16)
+            self.params = {name: Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
             self.transport, self.receiver = build_transport(config), Receiver()
 
         @endpoint
@@ -151,10 +155,14 @@ def benchmark_actors():
             start = time.perf_counter()
             fetched = self.transport.fetch(update)
             checksums = {entry.spec.name: entry.checksum for entry in update.entries}
-            for name, tensor in self.receiver.receive(fetched).items():
-                self.weights[name].copy_(tensor)
-                assert checksum(self.weights[name]) == checksums[name], name
-            self.receiver.check_still_there(fetched)
+            received = self.receiver.receive(fetched)
+            for name, tensor in received.items():
+                full_to_param(tensor, self.params[name], fetched.lasting)
+            for name, tensor in received.items():
+                in_place = self.params[name].data_ptr() == tensor.data_ptr()
+                assert in_place or checksum(self.params[name]) == checksums[name], name
+            received.check_still_there()
+            give_back_memory()
             return time.perf_counter() - start
 
         @endpoint

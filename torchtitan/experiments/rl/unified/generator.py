@@ -11,9 +11,10 @@ import pickle
 from typing import Any, TYPE_CHECKING
 
 import torch
-from torchtitan.experiments.rl.unified.infra.process import threads_of_rank
+from torchtitan.experiments.rl.unified.infra.process import give_back_memory, threads_of_rank
 from torchtitan.experiments.rl.unified.infra.weight_transport import (
     build_transport,
+    ReceivedWeights,
     Receiver,
     WeightTransferError,
     WeightUpdate,
@@ -66,7 +67,7 @@ class Generator:
         """Samples one completion for each request, in the requests' order.
 
         Raises:
-            WeightTransferError: a weight update failed half way.
+            WeightTransferError: a weight update failed half way, or the sender overwrote weights that were in use.
         """
         if self.policy_version is None:
             raise WeightTransferError(
@@ -91,13 +92,14 @@ class Generator:
             ],
             use_tqdm=False,
         )
+        self._ask_ranks("check_policy_weights")
         return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs.
 
-        All or nothing: no rank copies before every rank has checked every tensor, and the engine's own memory is read
-        back afterwards.
+        All or nothing: no rank changes before every rank has checked every tensor, and the engine's own memory is read
+        back afterwards. Where the update lasts, an engine of one rank on a CPU computes from the sender's memory.
 
         Raises:
             WeightTransferError: what is wrong with which tensor. The engine still runs its old version; only if the
@@ -148,30 +150,43 @@ class PolicyWorker:
     """What this experiment adds to vLLM's workers (engine argument `worker_extension_cls`).
 
     Methods return what went wrong, empty if nothing did: an exception would lose its class on the way.
+
+    Attributes:
+        weights_in_place: those of the last update if the engine computes from the sender's memory, else None.
     """
+
+    weights_in_place: ReceivedWeights | None = None
 
     def stage_policy_weights(self, update: bytes) -> str:
         """Checks a pickled WeightUpdate, every byte of it, and changes nothing."""
-        self.policy_update = pickle.loads(update)
         try:
-            self.policy_weights = self.policy_receiver.receive(self.policy_update)
-            _check_fits(self.model_runner.get_model(), self.policy_update)
+            self.staged_weights = self.policy_receiver.receive(pickle.loads(update))
+            _check_fits(self.model_runner.get_model(), self.staged_weights.update)
         except WeightTransferError as error:
             return str(error)
         return ""
 
     def commit_policy_weights(self) -> str:
-        """Copies what was staged over the engine's weights, and reads them back."""
+        """Gives the engine's model what was staged, and reads it back from there."""
         model = self.model_runner.get_model()
+        staged, self.staged_weights = self.staged_weights, None
         try:
-            arrived = _Arrivals(model.placements(), self.policy_update, self.policy_weights)
-            model.update_weights(self.policy_weights.items(), written=arrived.check)
-            self.policy_receiver.check_still_there(self.policy_update)
-            arrived.check_all()
+            model.update_weights(staged.items(), lasting=staged.update.lasting)
+            staged.check_still_there()
+            self.weights_in_place = staged if _check_arrived(model.placements(), staged) else None
         except WeightTransferError as error:
             return str(error)
-        finally:
-            self.policy_weights = None
+        if self.weights_in_place is not None:
+            give_back_memory()
+        return ""
+
+    def check_policy_weights(self) -> str:
+        """Looks whether the weights were there to the end, if the engine computes from the sender's memory."""
+        try:
+            if self.weights_in_place is not None:
+                self.weights_in_place.check_still_there()
+        except WeightTransferError as error:
+            return f"overwritten while in use: {error}"
         return ""
 
     @functools.cached_property
@@ -198,44 +213,33 @@ def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:
         raise WeightTransferError(f"no weight update reaches {unreached} of the engine's model")
 
 
-class _Arrivals:
-    """Whether the engine's memory holds the bytes of an update: read from the model, whatever the copy believes.
+def _check_arrived(placements: dict[str, Placement], weights: ReceivedWeights) -> bool:
+    """Reads the engine's memory back after an update: it must hold the bytes, whatever the copy believes.
 
     Args:
         placements: of the engine's model.
-        update: what was sent.
-        weights: its tensors.
+        weights: what it was given.
+
+    Returns:
+        Whether any of it is the sender's memory itself.
+
+    Raises:
+        WeightTransferError: names the tensor that the engine does not hold.
     """
-
-    def __init__(
-        self, placements: dict[str, Placement], update: WeightUpdate, weights: dict[str, torch.Tensor]
-    ) -> None:
-        self.placements, self.update, self.weights = placements, update, weights
-        self.checksums = {entry.spec.name: entry.checksum for entry in update.entries}
-        self.missing = set(placements)
-
-    def check(self, name: str) -> None:
-        """Reads a tensor back that has just been written and is perhaps still in the processor's cache.
-
-        Raises:
-            WeightTransferError: it is not what was sent.
-        """
-        placement = self.placements[name]
-        part = self.checksums[name] if placement.whole else checksum(placement.part_of(self.weights[name]))
-        if checksum(placement.local) != part:
-            raise WeightTransferError(self._complaint(name))
-        self.missing.discard(name)
-
-    def check_all(self) -> None:
-        """Raises WeightTransferError if there is a tensor that nobody wrote."""
-        if self.missing:
-            raise WeightTransferError(self._complaint(min(self.missing)))
-
-    def _complaint(self, name: str) -> str:
-        return (
-            f"weights of version {self.update.version}: the engine does not hold {name} after the update; its weights "
-            "are a mix of versions, start it again"
-        )
+    in_place = False
+    for entry in weights.update.entries:
+        name = entry.spec.name
+        placement, full = placements[name], weights[name]
+        if placement.whole and placement.local.data_ptr() == full.data_ptr() and placement.local.is_contiguous():
+            in_place = True  # `receive` has read these bytes.
+            continue
+        expected = entry.checksum if placement.whole else checksum(placement.part_of(full))
+        if checksum(placement.local) != expected:
+            raise WeightTransferError(
+                f"weights of version {weights.update.version}: the engine does not hold {name} after the update; its "
+                "weights are a mix of versions, start it again"
+            )
+    return in_place
 
 
 def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_threads: int = 0) -> None:

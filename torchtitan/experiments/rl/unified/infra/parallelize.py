@@ -27,6 +27,8 @@ from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
 # What selective activation checkpointing keeps: every second matrix product, and attention.
 _SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.unified.packed_attention.default}
+# Of memory that torch allocates on a CPU, in bytes.
+_ALIGNMENT = 64
 
 
 def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
@@ -138,9 +140,20 @@ class ReplicatedWeights(ParallelStyle):
 
 
 @torch.no_grad()
-def full_to_param(full: torch.Tensor, param: nn.Parameter) -> None:
-    """Copies `full`, the same on every rank, into `param` or this rank's shard of it, in place and without messages."""
+def full_to_param(full: torch.Tensor, param: nn.Parameter, lasting: bool = False) -> None:
+    """Brings `full`, the same on every rank, to `param` or this rank's shard of it, without messages.
+
+    Args:
+        full: contiguous.
+        param: is written in place; or, on a CPU, becomes a view of `full`.
+        lasting: `full` stays as it is while `param` is used.
+    """
     if isinstance(param, DTensor):
         full = full.to(param.device)
         full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+    elif lasting and param.device == full.device == torch.device("cpu") and param.dtype == full.dtype:
+        # A kernel may add in another order where memory is not aligned as torch's own.
+        if full.data_ptr() % _ALIGNMENT == 0:
+            param.data = full
+            return
     param.copy_(full)

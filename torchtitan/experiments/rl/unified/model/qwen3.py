@@ -5,7 +5,7 @@
 
 """The VLLM_COMPAT generator: vLLM's own Qwen3, reading TorchTitan's names. Importing this module imports vLLM."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torchtitan.experiments.rl.unified.batch_invariant.vllm import use_torch_linears
@@ -53,27 +53,22 @@ class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
         return super().load_weights(named.items())
 
     @torch.no_grad()
-    def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], written: Callable[[str], None] = lambda name: None
-    ) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], lasting: bool = False) -> None:
         """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
 
         Args:
             weights: name and tensor of each.
-            written: called with the name of each tensor once all are copied: vLLM's loader takes them as it likes.
+            lasting: of no use here: parameters are fused from several of them.
 
         Raises:
             KeyError: a name is not one of TorchTitan's.
             ValueError: the names are not those of the weights that were loaded; nothing is copied then.
         """
-        weights = dict(weights)
-        named = dict(self._hf_names(weights.items()))
+        named = dict(self._hf_names(weights))
         if named.keys() != self.checkpoint_names:
             difference = sorted(named.keys() ^ self.checkpoint_names)
             raise ValueError(f"a weight update must bring each parameter: {difference} do not match")
         super().load_weights(named.items())
-        for name in weights:
-            written(name)
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank holds what of each of TorchTitan's parameters: found in vLLM's layers, not by its loader."""

@@ -5,7 +5,7 @@
 
 """The UNIFIED generator: any TrainSpec model, run by vLLM's engine with vLLM's paged attention."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -103,14 +103,12 @@ class TorchTitanForCausalLM(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     @torch.no_grad()
-    def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], written: Callable[[str], None] = lambda name: None
-    ) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], lasting: bool = False) -> None:
         """Copies full tensors, named as in the TrainSpec model's state dict, into the parameters, in place.
 
         Args:
             weights: name and tensor of each.
-            written: called with a name once its tensor is copied.
+            lasting: they stay as they are while the model uses them: on a CPU, parameters become views of them.
 
         Raises:
             ValueError: if the names are not those of the model's parameters; nothing is copied then.
@@ -121,8 +119,7 @@ class TorchTitanForCausalLM(nn.Module):
                 f"a weight update must bring each parameter: {sorted(own.keys() ^ given.keys())} do not match"
             )
         for name, full in given.items():
-            full_to_param(full, own[name])
-            written(name)
+            full_to_param(full, own[name], lasting)
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank holds what of each of the TrainSpec model's parameters."""

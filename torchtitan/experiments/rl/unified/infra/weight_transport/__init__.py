@@ -19,7 +19,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport.base import (
     WeightUpdate,
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport.file import FileTransport
-from torchtitan.experiments.rl.unified.infra.weight_transport.receiver import Receiver
+from torchtitan.experiments.rl.unified.infra.weight_transport.receiver import ReceivedWeights, Receiver
 from torchtitan.experiments.rl.unified.infra.weight_transport.shared_memory import SharedMemoryTransport
 from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import VllmIpcTransport
 from torchtitan.experiments.rl.unified.job_config import JobConfig
@@ -27,8 +27,10 @@ from torchtitan.experiments.rl.unified.job_config import JobConfig
 __all__ = [
     "build_transport",
     "check_transport",
+    "engines_share_memory",
     "FileTransport",
     "PolicyWeights",
+    "ReceivedWeights",
     "Receiver",
     "SharedMemoryTransport",
     "TensorSpec",
@@ -41,8 +43,8 @@ __all__ = [
 
 def build_transport(config: JobConfig) -> WeightTransport:
     """The job's transport, for either end."""
-    # Where generators work ahead, the version they use must outlive the sending of the next.
-    slots = 2 if config.trajectory_queue.max_staleness else 1
+    # The version that generators work ahead with, or compute from where it lies, must outlive the sending of the next.
+    slots = 2 if config.trajectory_queue.max_staleness or engines_share_memory(config) else 1
     match config.weight_sync.transport:
         case "shared_memory":
             return SharedMemoryTransport(slots)
@@ -56,6 +58,12 @@ def build_transport(config: JobConfig) -> WeightTransport:
         case "vllm_ipc":
             return VllmIpcTransport(slots)
     raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
+
+
+def engines_share_memory(config: JobConfig) -> bool:
+    """Engines compute from the memory that the trainer sent the weights in: there is no copy."""
+    whole = config.rl.mode == "unified" and config.generator.tensor_parallel_degree == 1
+    return config.weight_sync.transport == "shared_memory" and whole and not torch.cuda.is_available()
 
 
 def check_transport(config: JobConfig) -> None:

@@ -70,12 +70,14 @@ class WeightUpdate:
         location: path of the bytes on the sender's host.
         entries: the tensors, named as in the TrainSpec model's state dict.
         handle: what else the transport needs to reach the bytes from another host.
+        lasting: the bytes stay until the version after the next is sent: an engine may work on them where they are.
     """
 
     version: int
     location: str
     entries: list[TensorEntry]
     handle: Any = None
+    lasting: bool = False
 
 
 class WeightTransport(ABC):

@@ -59,7 +59,7 @@ class MonarchTransport(WeightTransport):
             raise WeightTransferError(
                 f"weights of version {update.version}: {update.handle.owner} did not deliver them: {error}"
             ) from error
-        return dataclasses.replace(update, location=self._fetched.location, handle=None)
+        return dataclasses.replace(update, location=self._fetched.location, handle=None, lasting=False)
 
     def close(self) -> None:
         self._buffers.clear()

@@ -15,6 +15,23 @@ from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import ch
 from torchtitan.experiments.rl.unified.infra.weight_transport.layout import check_version, view
 
 
+class ReceivedWeights(dict[str, torch.Tensor]):
+    """An update's tensors by name. They are the sender's memory, mapped.
+
+    Args:
+        update: what was sent.
+        buffer: the bytes (uint8) that hold it.
+    """
+
+    def __init__(self, update: WeightUpdate, buffer: torch.Tensor) -> None:
+        super().__init__((entry.spec.name, view(buffer, entry)) for entry in update.entries)
+        self.update, self._buffer = update, buffer
+
+    def check_still_there(self) -> None:
+        """Raises WeightTransferError if the sender has begun to overwrite them."""
+        check_version(self._buffer, self.update)
+
+
 class Receiver:
     """Reads updates whose bytes lie on this host. It keeps its mapping of memory, which is not free to make.
 
@@ -26,9 +43,8 @@ class Receiver:
         self._open_handle = open_handle
         self._mapped: dict[tuple[str, int, int], torch.Tensor] = {}
 
-    def receive(self, update: WeightUpdate) -> dict[str, torch.Tensor]:
-        """The update's tensors by name, each proven to have the bytes that were sent. They are the sender's memory:
-        look with `check_still_there` once they have been read.
+    def receive(self, update: WeightUpdate) -> ReceivedWeights:
+        """The update's tensors, each proven to have the bytes that were sent; after use, ask whether they still do.
 
         Raises:
             WeightTransferError: names the version, and the first tensor that is short or damaged.
@@ -41,15 +57,11 @@ class Receiver:
                     f"{buffer.numel()} bytes and it ends at {entry.end}"
                 )
         check_version(buffer, update)
-        tensors = {entry.spec.name: view(buffer, entry) for entry in update.entries}
+        weights = ReceivedWeights(update, buffer)
         for entry in update.entries:
-            if checksum(tensors[entry.spec.name]) != entry.checksum:
+            if checksum(weights[entry.spec.name]) != entry.checksum:
                 raise WeightTransferError(f"weights of version {update.version}: {entry.spec.name} arrived damaged")
-        return tensors
-
-    def check_still_there(self, update: WeightUpdate) -> None:
-        """Raises WeightTransferError if the sender has begun to overwrite what `receive` returned."""
-        check_version(self._map(update), update)
+        return weights
 
     def close(self) -> None:
         """Unmaps everything."""

@@ -59,7 +59,7 @@ class SharedMemoryTransport(WeightTransport):
         header = torch.frombuffer(bytearray(layout.header()), dtype=torch.uint8)
         segment.buffer[PREFIX : len(header)] = header[PREFIX:]
         segment.buffer[:PREFIX] = header[:PREFIX]
-        return WeightUpdate(version, segment.location, layout.entries)
+        return WeightUpdate(version, segment.location, layout.entries, lasting=self.slots > 1)
 
     def close(self) -> None:
         for segment in self.segments.values():
