@@ -233,7 +233,7 @@ def repeat_updates(transport: str, updates: int, folder: Path) -> None:
     in_shared_memory = set(os.listdir("/dev/shm"))
     job, sizes = Job(folder / transport, flags, limit=60), {}
     while job.process.poll() is None:
-        if step := job.steps():
+        if 0 < (step := job.steps()) < updates:  # After the last one the controller writes the report.
             for pid, name in job.processes().items():
                 with contextlib.suppress(OSError):  # It ends.
                     sizes.setdefault(name, []).append((step, memory_bytes(pid, "Rss")))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torchtitan.experiments.rl.unified.infra.parallelize import full_to_param
 from torchtitan.experiments.rl.unified.infra.weight_transport import (
     build_transport,
     check_transport,
@@ -185,6 +186,21 @@ def test_two_slots_keep_the_version_in_use(make):
     for version in (0, 1, 2):
         with pytest.raises(WeightTransferError):
             receiver.receive(updates[version])
+
+
+def test_a_parameter_becomes_a_view_of_what_lasts_where_kernels_find_it_aligned():
+    memory = torch.arange(64, dtype=torch.float32)
+    for start, dtype, lasting, shared in [
+        (0, torch.float32, True, True),
+        (16, torch.float32, True, True),
+        (1, torch.float32, True, False),
+        (0, torch.bfloat16, True, False),
+        (0, torch.float32, False, False),
+    ]:
+        param = torch.nn.Parameter(torch.zeros(32, dtype=dtype))
+        full_to_param(memory[start : start + 32], param, lasting)
+        assert torch.equal(param, memory[start : start + 32].to(dtype))
+        assert (param.data_ptr() == memory[start:].data_ptr()) == shared
 
 
 def test_a_sender_that_is_gone_is_named(make):
