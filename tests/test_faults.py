@@ -220,6 +220,7 @@ def test_ctrl_c_ends_the_job_in_good_order(tmp_path):
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # A job in a shell's background ignores it.
     )
     with job:
         wait_for(lambda: has_stepped(tmp_path / "run"), 240, "the first step")

@@ -25,13 +25,11 @@ async def answer(future, seconds: float, what: str) -> Any:
         ProcessLost: the actor's process ended, or nothing came in time.
         Exception: whatever the endpoint raised.
     """
-
-    async def wait():
-        return await future
-
     try:
-        return await asyncio.wait_for(wait(), seconds)
-    except asyncio.TimeoutError as error:
+        # In Python 3.11 `wait_for` loses a cancellation that comes together with the answer.
+        async with asyncio.timeout(seconds):
+            return await future
+    except TimeoutError as error:
         raise ProcessLost(f"waited {seconds:.0f} s for {what}; nothing came") from error
     except SupervisionError as error:
         cause = str(error).strip().splitlines()[-1].strip()

@@ -50,8 +50,8 @@ def bind_to_cores(cores: str, ranks: int) -> list[dict[str, str]] | None:
 
 
 def watch_processes() -> None:
-    """Lets Monarch notice a dead process within a second, not ten, and kill those beside it that hang after three
-    seconds, twice, not ten; call it before Monarch is imported."""
+    """Lets Monarch notice a dead process within a second and end a hanging one within six, not ten and twenty; call it
+    before Monarch is imported."""
     os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")
     os.environ.setdefault("HYPERACTOR_PROCESS_EXIT_TIMEOUT", "3s")
 
