@@ -50,9 +50,12 @@ def bind_to_cores(cores: str, ranks: int) -> list[dict[str, str]] | None:
 
 
 def watch_processes() -> None:
-    """Lets Monarch notice a dead process within a second and end a hanging one within six, not ten and twenty; call it
-    before Monarch is imported."""
+    """Tells Monarch how soon to act on a process that died or hangs; call it before Monarch is imported."""
+    # Looks for dead processes this often.
     os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")
+    # One that dies while it is being looked at never answers.
+    os.environ.setdefault("HYPERACTOR_MESH_GET_ACTOR_STATE_MAX_IDLE", "8s")
+    # What does not end by itself in this time, twice, is killed.
     os.environ.setdefault("HYPERACTOR_PROCESS_EXIT_TIMEOUT", "3s")
 
 
