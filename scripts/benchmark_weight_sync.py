@@ -43,6 +43,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.model.placement import check_arrived, Placement
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 
 
@@ -80,10 +81,13 @@ class PeakMemory:
 
     def _together(self) -> int:
         # While one process maps another's pages their shares change between two looks: a moment of rest is waited for.
-        sizes, before = [memory_bytes(pid, "Pss") for pid in self.pids], []
-        while any(abs(size - old) > 1 << 20 for size, old in zip(sizes, before)) or not before:
-            before, sizes = sizes, [memory_bytes(pid, "Pss") for pid in self.pids]
+        before, sizes = self._sizes(), self._sizes()
+        while any(abs(size - old) > 1 << 20 for size, old in zip(sizes, before, strict=True)):
+            before, sizes = sizes, self._sizes()
         return sum(sizes)
+
+    def _sizes(self) -> list[int]:
+        return [memory_bytes(pid, "Pss") for pid in self.pids]
 
     def _sample(self) -> None:
         while not self._stop.wait(0.02):
@@ -154,13 +158,11 @@ def benchmark_actors():
         def receive(self, update: WeightUpdate) -> float:
             start = time.perf_counter()
             fetched = self.transport.fetch(update)
-            checksums = {entry.spec.name: entry.checksum for entry in update.entries}
             received = self.receiver.receive(fetched)
             for name, tensor in received.items():
                 full_to_param(tensor, self.params[name], fetched.lasting)
-            for name, tensor in received.items():
-                in_place = self.params[name].data_ptr() == tensor.data_ptr()
-                assert in_place or checksum(self.params[name]) == checksums[name], name
+            placed = {name: Placement(p, tuple(p.shape), (0,) * p.ndim) for name, p in self.params.items()}
+            check_arrived(placed, received)
             received.check_still_there()
             give_back_memory()
             return time.perf_counter() - start

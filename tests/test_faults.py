@@ -37,8 +37,6 @@ FLAGS = [
 FAULTY_JOB = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
-from torchtitan.experiments.rl.unified.infra.process import watch_processes
-watch_processes()
 from torchtitan.experiments.rl.unified.actors import generator, trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
@@ -148,8 +146,6 @@ def damage(update):
 
 DAMAGED_JOB = """
 import os, sys, time
-from torchtitan.experiments.rl.unified.infra.process import watch_processes
-watch_processes()
 from torchtitan.experiments.rl.unified.actors import mesh, trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 

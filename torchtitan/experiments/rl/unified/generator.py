@@ -19,10 +19,9 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
     WeightTransferError,
     WeightUpdate,
 )
-from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
 from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import open_handle
 from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.model.placement import not_placed, Placement
+from torchtitan.experiments.rl.unified.model.placement import check_arrived, not_placed
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ class PolicyWorker:
         try:
             model.update_weights(staged.items(), lasting=staged.update.lasting)
             staged.check_still_there()
-            self.weights_in_place = staged if _check_arrived(model.placements(), staged) else None
+            self.weights_in_place = staged if check_arrived(model.placements(), staged) else None
         except WeightTransferError as error:
             return str(error)
         if self.weights_in_place is not None:
@@ -211,35 +210,6 @@ def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:
             )
     if unreached := not_placed(model, placements):
         raise WeightTransferError(f"no weight update reaches {unreached} of the engine's model")
-
-
-def _check_arrived(placements: dict[str, Placement], weights: ReceivedWeights) -> bool:
-    """Reads the engine's memory back after an update: it must hold the bytes, whatever the copy believes.
-
-    Args:
-        placements: of the engine's model.
-        weights: what it was given.
-
-    Returns:
-        Whether any of it is the sender's memory itself.
-
-    Raises:
-        WeightTransferError: names the tensor that the engine does not hold.
-    """
-    in_place = False
-    for entry in weights.update.entries:
-        name = entry.spec.name
-        placement, full = placements[name], weights[name]
-        if placement.whole and placement.local.data_ptr() == full.data_ptr() and placement.local.is_contiguous():
-            in_place = True  # `receive` has read these bytes.
-            continue
-        expected = entry.checksum if placement.whole else checksum(placement.part_of(full))
-        if checksum(placement.local) != expected:
-            raise WeightTransferError(
-                f"weights of version {weights.update.version}: the engine does not hold {name} after the update; its "
-                "weights are a mix of versions, start it again"
-            )
-    return in_place
 
 
 def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_threads: int = 0) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torchtitan.experiments.rl.unified.infra.process import data_parallel_degree, threads_of_rank, trainer_ranks
-from torchtitan.experiments.rl.unified.infra.weight_transport import engines_share_memory
+from torchtitan.experiments.rl.unified.infra.weight_transport import engines_share_memory, versions_kept
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
 
@@ -193,9 +193,9 @@ def _trainer(config: JobConfig, parameters: int) -> ProcessGroup:
     layers = args.n_layers * tokens * (kept * args.dim + (3 * args.hidden_dim if kept > 1 else 0)) * compute
     # Logits of the microbatch, then in fp32 for the sampled tokens: scaled, as log-probs, and the gradient of each.
     logits = args.vocab_size * (tokens * compute * 2 + sampled * 4 * 4)
-    # The policy leaves the trainer through memory that the generator reads, in the generator's dtype. Where engines
-    # work ahead there are two versions of it, or one in place of the engines' own weights.
-    copies = 2 if config.trajectory_queue.max_staleness and not engines_share_memory(config) else 1
+    # The policy leaves the trainer through memory that the generator reads, in the generator's dtype; one version of it
+    # may stand in place of the engines' own weights.
+    copies = versions_kept(config) - engines_share_memory(config)
     sent = parameters * getattr(torch, config.generator.dtype).itemsize
     return ProcessGroup(
         f"trainer rank ({_layout(config)})",

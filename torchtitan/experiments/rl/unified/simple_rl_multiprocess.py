@@ -22,7 +22,6 @@ from torchtitan.experiments.rl.unified.infra.process import (
     ProcessLost,
     quiet_libraries,
     TrainerLost,
-    watch_processes,
 )
 from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
 from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
@@ -174,7 +173,6 @@ async def run(config: JobConfig, dry_run: bool = False) -> str:
         if find_start(config).finished:
             return f"no step was taken: {config.job.dump_folder} stands at its last step"
         # Monarch starts threads at import: only a job that can run gets that far.
-        watch_processes()
         from torchtitan.experiments.rl.unified.actors.hosts import check_cluster
         from torchtitan.experiments.rl.unified.actors.mesh import Meshes
         from torchtitan.experiments.rl.unified.metrics import set_aside

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torchtitan.experiments.rl.unified.infra.weight_transport import ReceivedWeights, WeightTransferError
+from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,35 @@ def not_placed(model: nn.Module, placements: Mapping[str, Placement]) -> list[st
     reached = {placement.local.untyped_storage().data_ptr() for placement in placements.values()}
     named = model.named_parameters(remove_duplicate=False)
     return [name for name, param in named if _local(param).untyped_storage().data_ptr() not in reached]
+
+
+def check_arrived(placements: Mapping[str, Placement], weights: ReceivedWeights) -> bool:
+    """Reads the engine's memory back after an update: it must hold the bytes, whatever the copy believes.
+
+    Args:
+        placements: of the engine's model.
+        weights: what it was given.
+
+    Returns:
+        Whether any of it is the sender's memory itself.
+
+    Raises:
+        WeightTransferError: names the tensor that the engine does not hold.
+    """
+    in_place = False
+    for entry in weights.update.entries:
+        name = entry.spec.name
+        placement, full = placements[name], weights[name]
+        if placement.whole and placement.local.data_ptr() == full.data_ptr() and placement.local.is_contiguous():
+            in_place = True  # `receive` has read these bytes.
+            continue
+        expected = entry.checksum if placement.whole else checksum(placement.part_of(full))
+        if checksum(placement.local) != expected:
+            raise WeightTransferError(
+                f"weights of version {weights.update.version}: the engine does not hold {name} after the update; its "
+                "weights are a mix of versions, start it again"
+            )
+    return in_place
 
 
 def _local(param: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ __all__ = [
     "Receiver",
     "SharedMemoryTransport",
     "TensorSpec",
+    "versions_kept",
     "VllmIpcTransport",
     "WeightTransferError",
     "WeightTransport",
@@ -43,8 +44,7 @@ __all__ = [
 
 def build_transport(config: JobConfig) -> WeightTransport:
     """The job's transport, for either end."""
-    # The version that generators work ahead with, or compute from where it lies, must outlive the sending of the next.
-    slots = 2 if config.trajectory_queue.max_staleness or engines_share_memory(config) else 1
+    slots = versions_kept(config)
     match config.weight_sync.transport:
         case "shared_memory":
             return SharedMemoryTransport(slots)
@@ -58,6 +58,11 @@ def build_transport(config: JobConfig) -> WeightTransport:
         case "vllm_ipc":
             return VllmIpcTransport(slots)
     raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
+
+
+def versions_kept(config: JobConfig) -> int:
+    """What generators work ahead with, or compute from where it lies, must outlive the sending of the next."""
+    return 2 if config.trajectory_queue.max_staleness or engines_share_memory(config) else 1
 
 
 def engines_share_memory(config: JobConfig) -> bool:
