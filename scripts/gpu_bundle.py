@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "vllm==0.32.0"
+# The first that vLLM can use; torch 2.11 brings an older one.
+NCCL = "nvidia-nccl-cu13==2.29.7"
 # Of the CPU's environment: what a GPU machine's torch brings, what builds and lints, and what is only imported by
 # servers and by models that do not run here.
 NOT_NEEDED = set(
@@ -38,7 +40,15 @@ VLLM_LEFT_OUT = re.compile(
     r"vllm/(vllm-rs|third_party/(deep_gemm|fmha_sm100|flashmla)|_(flashkda|deepselect|flashmla|qutlass|moe)_?C"
     r"|vllm_flash_attn/_vllm_fa2|kernels/helion/configs|model_executor/layers/fused_moe/configs)"
 )
-PLATFORMS = ["manylinux_2_17", "manylinux2014", "manylinux_2_27", "manylinux_2_28", "manylinux_2_31", "manylinux_2_34"]
+PLATFORMS = [
+    "manylinux_2_17",
+    "manylinux2014",
+    "manylinux_2_18",
+    "manylinux_2_27",
+    "manylinux_2_28",
+    "manylinux_2_31",
+    "manylinux_2_34",
+]
 RUN = """#!/bin/bash
 # Installs this bundle for python3 (or $PYTHON) below $SITE, and runs a command in the sources; without one all of it.
 set -eu
@@ -55,7 +65,7 @@ printf '%s\\n' "$SITE/source/torchtitan/experiments/rl/_import_hook" \\
 PACKAGES="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 echo "import site; site.addsitedir('$SITE')" >"$PACKAGES/torchtitan_rl_bundle.pth"
 cd "$SITE/source"
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 VLLM_NCCL_SO_PATH="$SITE/nvidia/nccl/lib/libnccl.so.2"
 [[ $# == 0 ]] || exec "$@"
 "$PYTHON" -m pytest -m gpu tests
 for mode in unified vllm_compat; do
@@ -69,7 +79,7 @@ def needed(have: set[str]) -> list[str]:
     """Requirements to carry, with versions."""
     lines = (ROOT / "scripts/constraints-cpu.txt").read_text().splitlines()
     pins = [line.split(";")[0].strip() for line in lines if "==" in line and not line.startswith("#")]
-    return [VLLM, *(pin for pin in pins if normal(pin.split("==")[0]) not in NOT_NEEDED | have)]
+    return [VLLM, NCCL, *(pin for pin in pins if normal(pin.split("==")[0]) not in NOT_NEEDED | have)]
 
 
 def normal(name: str) -> str:

@@ -5,7 +5,10 @@
 
 """The RL job on a GPU that trainer and generator share."""
 
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -14,6 +17,19 @@ from torchtitan.experiments.rl.unified.job_config import REPOSITORY, TRAIN_CONFI
 
 COMMAND = REPOSITORY / "torchtitan/experiments/rl/unified/simple_rl_multiprocess.py"
 BFLOAT16 = [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype", "training.mixed_precision_param")]
+WORKER = "from monarch.actor import run_worker_loop_forever as run; run(ca='trust_all_connections', address='{}')"
+
+
+def run(folder, steps: int, *flags) -> None:
+    """Runs a job; every one of its steps compared tokens, and found all equal."""
+    command = [sys.executable, COMMAND, "--job.config_file", TRAIN_CONFIGS / "debug_cpu.toml"]
+    command += ["--job.dump_folder", folder, "--parallelism.data_parallel_replicate_degree", 1]
+    command += ["--training.steps", steps, *BFLOAT16, *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == steps
+    assert all(record["tokens_compared"] > 0 and record["mismatched_tokens"] == 0 for record in records)
 
 
 @pytest.mark.gpu
@@ -21,21 +37,20 @@ BFLOAT16 = [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype",
 @pytest.mark.parametrize("mode, transport", [("unified", "vllm_ipc"), ("vllm_compat", "shared_memory")])
 def test_fifty_steps_have_no_mismatch(tmp_path, mode, transport):
     """Proves that parity holds on a GPU over weight updates, through the processes and the transports of a job."""
-    flags = ["--job.config_file", TRAIN_CONFIGS / "debug_cpu.toml", "--job.dump_folder", tmp_path / "run"]
-    flags += [
-        "--weight_sync.transport",
-        transport,
-        "--rl.mode",
-        mode,
-        "--training.steps",
-        50,
-        "--parallelism.data_parallel_replicate_degree",
-        1,
-        *BFLOAT16,
-    ]
-    command = [sys.executable, COMMAND, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 50
-    assert all(step["tokens_compared"] > 0 and step["mismatched_tokens"] == 0 for step in steps)
+    run(tmp_path / "run", 50, "--rl.mode", mode, "--weight_sync.transport", transport)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_weights_travel_by_nccl_between_hosts(tmp_path):
+    """Proves vLLM's NCCL engine in a job. NCCL wants a GPU a process: it is told that these two are on two hosts."""
+    with contextlib.ExitStack() as stack:
+        flags = ["--cluster.address", "tcp://127.0.0.1:0"]
+        for role in ("trainer", "generators"):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            environment = os.environ | {"NCCL_HOSTID": role}
+            worker = subprocess.Popen([sys.executable, "-c", WORKER.format(address)], env=environment)
+            stack.callback(worker.kill)
+            flags += [f"--cluster.{role}", address]
+        run(tmp_path / "run", 10, "--weight_sync.transport", "vllm_nccl", *flags)

@@ -93,12 +93,18 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+ON_A_GPU = ["--parallelism.data_parallel_replicate_degree=1"]
+ON_A_GPU += [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype", "training.mixed_precision_param")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lies", [False, True])
-def test_a_forgotten_weight_update_stops_the_run(lies, tmp_path):
+@pytest.mark.parametrize(
+    "lies, flags", [(False, []), (True, []), pytest.param(True, ON_A_GPU, id="gpu", marks=pytest.mark.gpu)]
+)
+def test_a_forgotten_weight_update_stops_the_run(lies, flags, tmp_path):
     """Proves that a generator on old weights is noticed: by its version, and by parity if it names the wrong one."""
     script = FORGETS_ONE_UPDATE.replace("LIES", str(lies))
-    done = run(["-c", script], tmp_path / "run", "--training.steps", "4", "--optimizer.lr", "1e-3")
+    done = run(["-c", script], tmp_path / "run", "--training.steps", "4", "--optimizer.lr", "1e-3", *flags)
     assert done.returncode == 1
     if lies:
         assert "sampled tokens have another log-prob in the trainer than in the generator" in done.stderr

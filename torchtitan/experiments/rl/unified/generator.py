@@ -19,7 +19,6 @@ from torchtitan.experiments.rl.unified.infra.weight_transport import (
     WeightTransferError,
     WeightUpdate,
 )
-from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import open_handle
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 from torchtitan.experiments.rl.unified.model.placement import check_arrived, not_placed
 from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
@@ -190,7 +189,7 @@ class PolicyWorker:
 
     @functools.cached_property
     def policy_receiver(self) -> Receiver:
-        return Receiver(lambda handle: open_handle(handle, self.vllm_config, self.device))
+        return Receiver(lambda handle: handle.open(self.vllm_config, self.device))
 
 
 def _check_fits(model: torch.nn.Module, update: WeightUpdate) -> None:

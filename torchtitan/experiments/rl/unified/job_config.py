@@ -203,9 +203,10 @@ class Parity:
 
 @dataclass
 class WeightSync:
-    transport: Literal["shared_memory", "file", "monarch", "vllm_ipc"] = "shared_memory"
+    transport: Literal["shared_memory", "file", "monarch", "vllm_ipc", "vllm_nccl"] = "shared_memory"
     """How new weights reach the generators: memory of this host, files in a folder that all hosts mount, Monarch's
-    RDMABuffer (TCP where there is no RDMA), or the memory of the one GPU that all share, by vLLM's IPC engine"""
+    RDMABuffer (TCP where there is no RDMA), the memory of the one GPU that all share, by vLLM's IPC engine, or from GPU
+    to GPU by its NCCL engine"""
 
     folder: str = ""
     """Transport "file": a folder for this job's weights alone, on a file system that all its hosts mount; empty:

@@ -363,7 +363,8 @@ class RLTrainer(Trainer):
             return
 
         def where(token: int) -> str:
-            row = int(microbatch.sampled(torch.arange(microbatch.labels.shape[1])[None])[current_N][token])
+            rows = torch.arange(microbatch.labels.shape[1], device=microbatch.labels.device)[None]
+            row = int(microbatch.sampled(rows)[current_N][token])
             sequence = int(torch.searchsorted(microbatch.cu_seqlens, row, right=True)) - 1
             trajectory = self._trajectories[microbatch.trajectories[sequence]]
             position = int(microbatch.positions[0, row]) + 1

@@ -5,6 +5,7 @@
 
 """Where the processes of a job run: Monarch host meshes, by `[cluster]`."""
 
+import ipaddress
 import socket
 from urllib.parse import urlsplit
 
@@ -38,6 +39,11 @@ def check_cluster(config: JobConfig) -> None:
         raise ValueError(f"[cluster] {shared.pop()!r} is named for trainer and generators: start a worker for each")
     if not (cluster.trainer or cluster.generators):
         return
+    if cluster.address == "tcp" and not _reachable(name := socket.gethostname()):
+        raise ValueError(
+            f'[cluster] address = "tcp" is this host\'s name, and {name} stands for no address that other hosts reach: '
+            'set it to one, such as "tcp://10.0.0.1:0"'
+        )
     parts = urlsplit(cluster.address)
     if parts.port:
         try:
@@ -46,6 +52,15 @@ def check_cluster(config: JobConfig) -> None:
                 probe.bind((parts.hostname, parts.port))
         except OSError as error:
             raise ValueError(f"[cluster] address {cluster.address!r} cannot be used here: {error}") from error
+
+
+def _reachable(name: str) -> bool:
+    """Whether a host's name stands for an address that other hosts may reach."""
+    try:
+        found = [ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in socket.getaddrinfo(name, None)]
+    except OSError:
+        return False
+    return any(not (address.is_loopback or address.is_link_local) for address in found)
 
 
 class Hosts:

@@ -22,6 +22,7 @@ from torchtitan.experiments.rl.unified.infra.weight_transport.file import FileTr
 from torchtitan.experiments.rl.unified.infra.weight_transport.receiver import ReceivedWeights, Receiver
 from torchtitan.experiments.rl.unified.infra.weight_transport.shared_memory import SharedMemoryTransport
 from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_ipc import VllmIpcTransport
+from torchtitan.experiments.rl.unified.infra.weight_transport.vllm_nccl import check_nccl, VllmNcclTransport
 from torchtitan.experiments.rl.unified.job_config import JobConfig
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "TensorSpec",
     "versions_kept",
     "VllmIpcTransport",
+    "VllmNcclTransport",
     "WeightTransferError",
     "WeightTransport",
     "WeightUpdate",
@@ -57,6 +59,8 @@ def build_transport(config: JobConfig) -> WeightTransport:
             return MonarchTransport(config.trainer.timeout_seconds, slots)
         case "vllm_ipc":
             return VllmIpcTransport(slots)
+        case "vllm_nccl":
+            return VllmNcclTransport(config.trainer.timeout_seconds, config.generator.tensor_parallel_degree, slots)
     raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
 
 
@@ -91,8 +95,19 @@ def check_transport(config: JobConfig) -> None:
         raise ValueError(
             f'[weight_sync] transport = "vllm_ipc" is for one GPU that one trainer rank shares with generators of one '
             f"rank; the job has {ranks[0]} and {ranks[1]}, on {', '.join(sorted(hosts))} with {gpus} GPUs: use "
-            '"shared_memory", or set CUDA_VISIBLE_DEVICES to one'
+            '"shared_memory", with a GPU for each rank "vllm_nccl", or set CUDA_VISIBLE_DEVICES to one'
         )
+    if config.weight_sync.transport == "vllm_nccl" and gpus:
+        wanted = ranks[0] + config.generator.replicas * ranks[1]
+        if hosts == {"this host"} and gpus < wanted:
+            raise ValueError(
+                f'[weight_sync] transport = "vllm_nccl" wants a GPU for each rank of trainer and generators, {wanted}; '
+                f'there are {gpus}: use "vllm_ipc" on a single one, or "shared_memory"'
+            )
+        try:
+            check_nccl()
+        except RuntimeError as error:
+            raise ValueError(f'[weight_sync] transport = "vllm_nccl": {error}') from error
     if config.weight_sync.transport == "file":
         folder = _folder(config)
         existing = next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,241 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Weights from the trainer's GPU to those of the generators, by vLLM's NCCL weight-transfer engine.
+
+A broadcast needs both ends at once, and a generator takes a version when it is ready for it. So versions wait in the
+trainer's GPU memory, and a thread beside the trainer serves each generator: `fetch` asks it for a version, then the
+engine's ranks (`NcclHandle.open`) and the thread meet in a broadcast.
+"""
+
+import ctypes
+import logging
+import os
+import secrets
+import socket
+import threading
+from dataclasses import dataclass, field, replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from typing import TYPE_CHECKING
+
+import torch
+from torchtitan.experiments.rl.unified.infra.weight_transport.base import (
+    PolicyWeights,
+    WeightTransferError,
+    WeightTransport,
+    WeightUpdate,
+)
+from torchtitan.experiments.rl.unified.infra.weight_transport.gpu import GpuHandle, GpuSegment, Shelf, TENSOR
+from torchtitan.experiments.rl.unified.infra.weight_transport.shared_memory import SharedMemoryTransport
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+logger = logging.getLogger(__name__)
+
+# The first that vLLM 0.32 can use: with an older one it transfers nothing, and does not say so.
+LEAST_NCCL = (2, 29, 7)
+
+
+@dataclass(frozen=True)
+class NcclSender:
+    """Where generators ask for versions, and the secret by which the two ends know each other."""
+
+    address: tuple[str, int]
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class NcclGroup:
+    """The trainer, as rank 0, and the ranks of one engine: where they meet, and how many they are."""
+
+    host: str
+    port: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class NcclHandle(GpuHandle):
+    """Receives a broadcast of `size` bytes into memory of its own."""
+
+    group: NcclGroup
+    size: int
+
+    def open(self, vllm_config: "VllmConfig", device: torch.device) -> torch.Tensor:
+        check_nccl()
+        engine = _join(self.group, vllm_config, device)
+        engine.receive_weights(engine.update_info_cls(names=[TENSOR], dtype_names=["uint8"], shapes=[[self.size]]))
+        return engine.model.take()
+
+
+class VllmNcclTransport(WeightTransport):
+    """Each end on GPUs of its own, on one host or several. The connection between them is not encrypted.
+
+    Args:
+        timeout_seconds: longest wait for the sender's answer.
+        engine_ranks: tensor parallel degree of a generator.
+        slots: versions that stay fetchable; each holds GPU memory of the size of the weights.
+    """
+
+    def __init__(self, timeout_seconds: float, engine_ranks: int, slots: int = 1) -> None:
+        self.timeout_seconds, self.engine_ranks = timeout_seconds, engine_ranks
+        self._memory = SharedMemoryTransport(slots, GpuSegment)
+        self._listener: Listener | None = None
+        # This end, or the one that a generator is connected to.
+        self._sender: NcclSender | None = None
+        self._connection: Connection | None = None
+
+    def send(self, version: int, weights: PolicyWeights) -> WeightUpdate:
+        if self._listener is None:
+            self._listen()
+        update = self._memory.send(version, weights)
+        torch.cuda.synchronize()
+        return replace(update, handle=self._sender)
+
+    def fetch(self, update: WeightUpdate) -> WeightUpdate:
+        try:
+            connection = self._connect(update.handle)
+            connection.send((update.location, self.engine_ranks))
+            if not connection.poll(self.timeout_seconds):
+                raise TimeoutError(f"no answer in {self.timeout_seconds:g} s")
+            handle = connection.recv()
+        except (OSError, EOFError, AuthenticationError) as error:
+            self._disconnect()
+            raise WeightTransferError(
+                f"weights of version {update.version}: {update.location} is gone; its sender at "
+                f"{update.handle.address} has closed it or died ({error!r})"
+            ) from error
+        # What arrives is the receiver's own, and each version another.
+        location = f"nccl:{handle.group.host}:{handle.group.port}:{update.version}"
+        return replace(update, location=location, handle=handle, lasting=False)
+
+    def close(self) -> None:
+        self._disconnect()
+        if self._listener is not None:
+            self._listener.close()
+        self._memory.close()
+
+    def _connect(self, sender: NcclSender) -> Connection:
+        if sender != self._sender:
+            self._disconnect()
+            self._connection = Client(sender.address, authkey=sender.key)
+            self._sender = sender
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._sender = self._connection = None
+
+    def _listen(self) -> None:
+        check_nccl()
+        key = secrets.token_bytes(32)
+        self._listener = Listener(("", 0), authkey=key)
+        self._sender = NcclSender((socket.gethostname(), self._listener.address[1]), key)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except (AuthenticationError, EOFError):  # Somebody else.
+                continue
+            except OSError:  # Closed.
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        """Broadcasts to one engine what it asks for.
+
+        Its next question says that it has received. Its end, amid a broadcast or not, ends the group.
+        """
+        group = broadcaster = None
+        try:
+            while True:
+                location, ranks = connection.recv()
+                segment = self._memory.segments[location]
+                group = group or NcclGroup(self._sender.address[0], _open_port(), 1 + ranks)
+                connection.send(NcclHandle(group, segment.size))
+                broadcaster = broadcaster or Broadcaster(group, segment.buffer.device)
+                broadcaster.broadcast(segment.buffer)
+        except (OSError, EOFError, KeyError):  # It has gone, or asked for a version that has.
+            pass
+        except RuntimeError as error:
+            logger.warning("a generator was to have weights by NCCL: %s", error)
+        finally:
+            connection.close()
+            if broadcaster is not None:
+                broadcaster.close()
+
+
+class Broadcaster:
+    """The trainer's place in a group. A generator that dies holds up no work of the trainer's: the stream is its own.
+
+    Args:
+        group: to join; waits for the others.
+        device: the trainer's GPU.
+    """
+
+    def __init__(self, group: NcclGroup, device: torch.device) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        self.stream = torch.cuda.Stream(device)
+        rendezvous = {"master_address": group.host, "master_port": group.port, "world_size": group.world_size}
+        with torch.cuda.stream(self.stream):
+            self.communicator = trainer_init(rendezvous)
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        """Starts to send `buffer` to every other rank."""
+        with torch.cuda.stream(self.stream):
+            self.communicator.broadcast(buffer, src=0, stream=self.stream)
+
+    def close(self) -> None:
+        """Gives up what has not arrived."""
+        self.communicator.destroy()
+
+
+# The engine of this process's group; a trainer that was started again has another.
+_joined: "dict[NcclGroup, NCCLWeightTransferEngine]" = {}
+
+
+def _join(group: NcclGroup, vllm_config: "VllmConfig", device: torch.device) -> "NCCLWeightTransferEngine":
+    from vllm.config import WeightTransferConfig
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    if group not in _joined:
+        while _joined:
+            _joined.popitem()[1].shutdown()
+        engine = NCCLWeightTransferEngine(WeightTransferConfig(backend="nccl"), vllm_config, device, Shelf())
+        engine.init_transfer_engine(
+            engine.init_info_cls(
+                master_address=group.host, master_port=group.port, rank_offset=1, world_size=group.world_size
+            )
+        )
+        _joined[group] = engine
+    return _joined[group]
+
+
+def check_nccl() -> None:
+    """Raises RuntimeError if vLLM cannot use the NCCL that it finds in this process."""
+    path = os.environ.get("VLLM_NCCL_SO_PATH") or "libnccl.so.2"
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL(path).ncclGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"there is no NCCL: {error}") from error
+    found = version.value // 10000, version.value // 100 % 100, version.value % 100
+    if found < LEAST_NCCL:
+        names = [".".join(map(str, numbers)) for numbers in (LEAST_NCCL, found)]
+        raise RuntimeError(
+            f"vLLM needs NCCL {names[0]} or later, {path} is {names[1]}: VLLM_NCCL_SO_PATH names another"
+        )
+
+
+def _open_port() -> int:
+    from vllm.utils.network_utils import get_open_port
+
+    return get_open_port()
