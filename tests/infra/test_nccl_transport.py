@@ -49,13 +49,14 @@ class StoreBroadcaster:
 
     def __init__(self, group, device):
         self.group = join(group, rank=0)
-        self.open.append(self)
+        self.among = self.open
+        self.among.append(self)
 
     def broadcast(self, buffer):
         self.group.broadcast(buffer, src=0)
 
     def close(self):
-        self.open.remove(self)
+        self.among.remove(self)
 
 
 def join(group, rank: int):
