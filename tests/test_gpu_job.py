@@ -42,15 +42,16 @@ def test_fifty_steps_have_no_mismatch(tmp_path, mode, transport):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_weights_travel_by_nccl_between_hosts(tmp_path):
-    """Proves vLLM's NCCL engine in a job. NCCL wants a GPU a process: it is told that these two are on two hosts."""
+def test_two_trainer_hosts_and_a_generator_host_speak_nccl(tmp_path):
+    """Proves FSDP on GPUs and vLLM's NCCL engine in a job. NCCL wants a GPU a process: it is told of three hosts."""
     with contextlib.ExitStack() as stack:
-        flags = ["--cluster.address", "tcp://127.0.0.1:0"]
-        for role in ("trainer", "generators"):
+        workers = []
+        for host in ("trainer0", "trainer1", "generator"):
             with socket.create_server(("127.0.0.1", 0)) as free:
-                address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-            environment = os.environ | {"NCCL_HOSTID": role}
-            worker = subprocess.Popen([sys.executable, "-c", WORKER.format(address)], env=environment)
-            stack.callback(worker.kill)
-            flags += [f"--cluster.{role}", address]
+                workers.append(f"tcp://127.0.0.1:{free.getsockname()[1]}")
+            environment = os.environ | {"NCCL_HOSTID": host}
+            process = subprocess.Popen([sys.executable, "-c", WORKER.format(workers[-1])], env=environment)
+            stack.callback(process.kill)
+        flags = ["--cluster.address", "tcp://127.0.0.1:0", "--cluster.generators", workers[2]]
+        flags += ["--cluster.trainer", ",".join(workers[:2]), "--parallelism.data_parallel_shard_degree", 2]
         run(tmp_path / "run", 10, "--weight_sync.transport", "vllm_nccl", *flags)

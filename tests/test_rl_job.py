@@ -93,7 +93,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-ON_A_GPU = ["--parallelism.data_parallel_replicate_degree=1"]
+ON_A_GPU = [f"--job.config_file={TRAIN_CONFIGS}/debug_cpu.toml", "--parallelism.data_parallel_replicate_degree=1"]
 ON_A_GPU += [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype", "training.mixed_precision_param")]
 
 

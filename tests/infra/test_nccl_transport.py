@@ -153,8 +153,9 @@ def test_each_rank_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ValueError, match="a GPU for each rank of trainer and generators, 4; there are 3: use"):
         check_transport(config)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(ValueError, match='"vllm_nccl": there is no NCCL'):
+    monkeypatch.setattr(vllm_nccl.os, "environ", {"VLLM_NCCL_SO_PATH": "/nowhere"})
+    config.cluster.trainer = config.cluster.generators = ["tcp://node1:26600"]
+    with pytest.raises(ValueError, match='"vllm_nccl": there is no NCCL: /nowhere'):
         check_transport(config)
 
 

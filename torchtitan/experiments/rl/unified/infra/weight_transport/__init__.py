@@ -99,7 +99,7 @@ def check_transport(config: JobConfig) -> None:
         )
     if config.weight_sync.transport == "vllm_nccl" and gpus:
         wanted = ranks[0] + config.generator.replicas * ranks[1]
-        if hosts == {"this host"} and gpus < wanted:
+        if not (config.cluster.trainer or config.cluster.generators) and gpus < wanted:
             raise ValueError(
                 f'[weight_sync] transport = "vllm_nccl" wants a GPU for each rank of trainer and generators, {wanted}; '
                 f'there are {gpus}: use "vllm_ipc" on a single one, or "shared_memory"'
