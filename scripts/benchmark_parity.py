@@ -10,7 +10,8 @@
 
 Generation: two engines of one random model in two processes that take turns, 32 requests, contexts up to 1,000
 tokens; "off" is vLLM as it comes (its own attention and kernels). Training: one trainer; "off" is torch's stock ops
-with its scaled_dot_product_attention on each sequence. Prints tokens per second (median of the rounds) and the ratio.
+with its scaled_dot_product_attention on each sequence. Prints tokens per second (median, least and most of the rounds)
+and the ratio of the medians.
 """
 
 import argparse
@@ -98,8 +99,8 @@ def generate_when_told(config: JobConfig, args: argparse.Namespace) -> None:
         profiled(f"generation, parity {args.engine}", lambda: generator.generate(requests(args.requests)))
 
 
-def benchmark_generation(args: argparse.Namespace) -> dict[str, float]:
-    """Sampled tokens per second, prefill included."""
+def benchmark_generation(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Sampled tokens per second of each round, prefill included."""
     rounds, command = args.rounds, [sys.executable, *sys.argv, "--engine"]
     engines = {
         name: subprocess.Popen(
@@ -121,11 +122,11 @@ def benchmark_generation(args: argparse.Namespace) -> dict[str, float]:
     for engine in engines.values():
         engine.stdin.close()
         engine.wait(120)
-    return {name: statistics.median(values) for name, values in rates.items()}
+    return rates
 
 
-def benchmark_training(config: JobConfig, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of a whole optimizer step."""
+def benchmark_training(config: JobConfig, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens per second of each round, a whole optimizer step."""
     from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -153,7 +154,7 @@ def benchmark_training(config: JobConfig, args: argparse.Namespace) -> dict[str,
                 rates[name].append(tokens / (time.perf_counter() - start))
             if turn == args.rounds and args.profile:
                 profiled(f"training step, parity {name}", lambda: trainer.step_on(trajectories, advantages))
-    return {name: statistics.median(values) for name, values in rates.items()}
+    return rates
 
 
 def main() -> None:
@@ -179,10 +180,11 @@ def main() -> None:
             if what.split()[0] not in args.what:
                 continue
             rates = measure()
-            ratio = rates["on"] / rates["off"]
+            on, off = (statistics.median(rates[name]) for name in ("on", "off"))
+            spread = {name: f"({min(values):.0f} to {max(values):.0f})" for name, values in rates.items()}
             print(
-                f"{what:14} {args.mode} {args.dtype}: parity on {rates['on']:8.0f} tokens/s, "
-                f"off {rates['off']:8.0f}, ratio {ratio:.2f}",
+                f"{what:14} {args.mode} {args.dtype}: parity on {on:8.0f} tokens/s {spread['on']}, "
+                f"off {off:8.0f} {spread['off']}, ratio {on / off:.2f}",
                 flush=True,
             )
 
