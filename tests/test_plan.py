@@ -108,6 +108,7 @@ def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
             ["--weight_sync.transport", "vllm_ipc", "--parallelism.data_parallel_replicate_degree", "1"],
             '[weight_sync] transport = "vllm_ipc" needs a GPU, which this machine has not: use "shared_memory"',
         ),
+        (["--weight_sync.transport", "vllm_nccl"], '[weight_sync] transport = "vllm_nccl" needs a GPU'),
     ],
 )
 def test_a_job_that_this_machine_cannot_run_is_refused_before_it_starts(flags, complaint, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_each_rank_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ValueError, match="a GPU for each rank of trainer and generators, 4; there are 3: use"):
         check_transport(config)
-    monkeypatch.setattr(vllm_nccl.os, "environ", {"VLLM_NCCL_SO_PATH": "/nowhere"})
+    monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere")
     config.cluster.trainer = config.cluster.generators = ["tcp://node1:26600"]
     with pytest.raises(ValueError, match='"vllm_nccl": there is no NCCL: /nowhere'):
         check_transport(config)
@@ -202,7 +202,7 @@ def ask(process: subprocess.Popen, update) -> str:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_nccl_brings_each_version_and_survives_a_receiver_that_does_not(monkeypatch):
-    """Proves the broadcast by vLLM's engine, and that a receiver killed amid one leaves the sender's GPU usable.
+    """Proves the broadcast by vLLM's engine, and that a receiver that asks and then dies holds up nobody.
 
     NCCL wants a GPU a process, unless the processes say that they are on different hosts.
     """
