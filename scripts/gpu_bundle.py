@@ -160,7 +160,7 @@ def main() -> None:
         for wheel in sorted(wheels.glob("*.whl")):
             unpack(wheel, site)
             wheel.unlink()
-        for library in sorted(site.rglob("*.so")):
+        for library in sorted(site.rglob("*.so*")):
             keep_architecture(library, args.arch)
             subprocess.run(["strip", "--strip-unneeded", str(library)], check=False, stderr=subprocess.DEVNULL)
         pack(site, args.out, args.level, args.part_mib)
