@@ -32,7 +32,7 @@ def test_workers_must_be_there(worker):
         nobody = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
     assert f"[cluster] generators: '{nobody}' cannot be reached" in complaint("--cluster.generators", nobody)
     assert "start a worker for each" in complaint("--cluster.trainer", worker, "--cluster.generators", worker)
-    assert "address" in complaint("--cluster.trainer", worker, "--cluster.address", worker)
+    assert "cannot be used here" in complaint("--cluster.trainer", worker, "--cluster.address", worker)
 
 
 def test_workers_must_be_able_to_answer(worker, monkeypatch):

@@ -32,8 +32,8 @@ FLAGS = [
     "--metrics.no-enable_tensorboard",
 ]
 
-# Runs the job and kills processes of it by name: what a process is called with, how often, and who dies then; of
-# several names the last one dies and the others hang.
+# Runs the job and kills processes of it by name: what a process is called with, how often, who dies then (of several
+# names the last one dies and the others hang), and after how many seconds; below 0 it is dead when the call begins.
 FAULTY_JOB = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
@@ -57,7 +57,7 @@ def kill_at(cls, method, call, names, delay):
     async def faulty(self, *args):
         calls[0] += 1
         if calls[0] == call:
-            asyncio.get_running_loop().call_later(delay, kill)
+            kill() if delay < 0 else asyncio.get_running_loop().call_later(delay, kill)
         answer = await original(self, *args)
         if killed:
             print(f"{name} was back after {time.monotonic() - killed.pop():.1f} s", flush=True)
@@ -88,19 +88,20 @@ def metrics(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("max_staleness, ranks", [(0, "trainer-0+trainer-1"), (2, "trainer-1")])
 def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, ranks, tmp_path):
     """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank,
-    with the other one hanging. Each is back in time, and the last checkpoint has the undisturbed run's weights,
-    optimizer and position."""
+    with the other one hanging, and before its weights were taken. Each is back in time, and the last checkpoint has the
+    undisturbed run's weights, optimizer and position."""
     flags = ["--training.steps", "7", "--trajectory_queue.max_staleness", str(max_staleness)]
     flags += ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.no-last_save_model_only"]
     whole = run(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
     faults = f"Replica.generate:2:generator0:0.02 Replica.update_weights:4:generator0:0 TrainerMesh.step:5:{ranks}:0.01"
+    faults += " Replica.update_weights:8:trainer-0:-1"
     done = run(tmp_path / "faulty", *flags, faults=faults)
     assert done.returncode == 0, done.stderr
     assert "starting it again, restart 1" in done.stderr and "starting it again, restart 2" in done.stderr
-    assert "going on from the last checkpoint, restart 1" in done.stderr
+    assert "going on from the last checkpoint, restart 2" in done.stderr
     back = [float(seconds) for seconds in re.findall(r"was back after ([\d.]+) s", done.stdout)]
-    assert len(back) == 3 and max(back) <= LIMIT_SECONDS, back
+    assert len(back) == 4 and max(back) <= LIMIT_SECONDS, back
     assert chaos_resume.differences(tmp_path / "whole", tmp_path / "faulty", steps=7) == []
 
 

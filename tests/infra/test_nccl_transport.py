@@ -8,14 +8,17 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchtitan.experiments.rl.unified.infra.weight_transport import (
+    build_transport,
     check_transport,
     PolicyWeights,
     Receiver,
@@ -69,7 +72,7 @@ class Engine:
     """A generator and its one rank."""
 
     def __init__(self) -> None:
-        self.transport, self.groups = VllmNcclTransport(10, engine_ranks=1), {}
+        self.transport, self.groups = VllmNcclTransport("here", 10, engine_ranks=1), {}
         self.receiver = Receiver(self._open)
 
     def receive(self, update):
@@ -87,9 +90,8 @@ def sender(monkeypatch):
     monkeypatch.setattr(vllm_nccl, "GpuSegment", Segment)
     monkeypatch.setattr(vllm_nccl, "Broadcaster", StoreBroadcaster)
     monkeypatch.setattr(vllm_nccl, "check_nccl", lambda: None)
-    monkeypatch.setattr(vllm_nccl.socket, "gethostname", lambda: "localhost")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    transport = VllmNcclTransport(10, engine_ranks=1, slots=2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    transport = VllmNcclTransport("localhost", 10, engine_ranks=1, slots=2)
     yield transport
     transport.close()
 
@@ -98,6 +100,7 @@ def test_each_engine_gets_what_it_asks_for_when_it_asks(sender):
     first, second = Engine(), Engine()
     updates = {version: pickle.loads(pickle.dumps(sender.send(version, weights(version)))) for version in (1, 2)}
     assert has(first.receive(updates[1]), 1)
+    assert has(first.receive(updates[1]), 1)  # as an engine that was started again does
     assert has(first.receive(updates[2]), 2)
     assert has(second.receive(updates[1]), 1)
     updates[3] = sender.send(3, weights(3))  # in the place of version 1
@@ -125,7 +128,7 @@ def test_an_engine_that_ends_takes_its_group_along(sender):
 def test_a_sender_that_is_gone_is_an_error(sender):
     engine = Engine()
     update = sender.send(1, weights(1))
-    with pytest.raises(WeightTransferError, match="version 1: gone is gone; its sender at"):
+    with pytest.raises(WeightTransferError, match="version 1: their sender at localhost:.* has gone no more"):
         engine.receive(replace(update, location="gone"))
     assert has(engine.receive(update), 1)
     stranger = replace(update, handle=replace(update.handle, key=b"guessed"))
@@ -134,8 +137,34 @@ def test_a_sender_that_is_gone_is_an_error(sender):
     assert has(engine.receive(update), 1)
     assert "guessed" not in repr(stranger)
     sender.close()
-    with pytest.raises(WeightTransferError, match="has closed it or died"):
+    with pytest.raises(WeightTransferError, match="Connection refused"):
         Engine().receive(update)
+
+
+def test_strangers_keep_nobody_waiting(sender):
+    update = sender.send(1, weights(1))
+    with socket.create_connection(update.handle.address):  # It says nothing,
+        socket.create_connection(update.handle.address).close()  # or hangs up, its challenge unread.
+        assert has(Engine().receive(update), 1)
+
+
+def test_a_broadcast_that_fails_is_reported(sender, monkeypatch, caplog):
+    def fails(group, device):
+        raise OSError("Address already in use")
+
+    monkeypatch.setattr(vllm_nccl, "Broadcaster", fails)
+    transport, update = VllmNcclTransport("here", 10, engine_ranks=1), sender.send(1, weights(1))
+    transport.fetch(update)
+    with pytest.raises(WeightTransferError, match="died, or has .* no more"):
+        transport.fetch(update)
+    assert "weights did not get to a generator by NCCL: OSError('Address already in use')" in caplog.text
+
+
+def test_the_trainers_host_is_the_clusters():
+    flags = ["--weight_sync.transport", "vllm_nccl"]
+    assert build_transport(load_job_config(flags)).host == "localhost"
+    config = load_job_config([*flags, "--cluster.trainer", "tcp://node1:26600,tcp://node2:26600"])
+    assert build_transport(config).host == "node1"
 
 
 def test_an_nccl_that_vllm_cannot_use_is_refused(monkeypatch):
@@ -168,7 +197,7 @@ sys.path.insert(0, sys.argv[1])
 from test_nccl_transport import has
 
 device, config = torch.device("cuda:0"), VllmConfig()
-transport, receiver = VllmNcclTransport(60, engine_ranks=1), Receiver(lambda handle: handle.open(config, device))
+transport, receiver = VllmNcclTransport("", 60, engine_ranks=1), Receiver(lambda handle: handle.open(config, device))
 print("ready", flush=True)
 for line in sys.stdin:
     update = transport.fetch(pickle.loads(bytes.fromhex(line)))
@@ -207,7 +236,7 @@ def test_nccl_brings_each_version_and_survives_a_receiver_that_does_not(monkeypa
     NCCL wants a GPU a process, unless the processes say that they are on different hosts.
     """
     monkeypatch.setenv("NCCL_HOSTID", "trainer")
-    sender = VllmNcclTransport(60, engine_ranks=1)
+    sender = VllmNcclTransport("localhost", 60, engine_ranks=1)
     receiver, doomed = start_receiver("first", "lives"), start_receiver("second", "dies")
     for version in range(1, 6):
         assert ask(receiver, sender.send(version, weights(version))) == "True"

@@ -136,7 +136,8 @@ def plan_job(config: JobConfig) -> Plan:
     parameters = count_parameters(config)
     groups = [_controller(), _trainer(config, parameters), *_generators(config, parameters)]
     transport = config.weight_sync.transport
-    needs_gpu = f'[weight_sync] transport = "{transport}"' if transport.startswith("vllm_") else ""
+    elsewhere = config.cluster.trainer and config.cluster.generators
+    needs_gpu = f'[weight_sync] transport = "{transport}"' if transport.startswith("vllm_") and not elsewhere else ""
     return Plan(groups, _facts(config, parameters), lead(config) > 0, needs_gpu)
 
 

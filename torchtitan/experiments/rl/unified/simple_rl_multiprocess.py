@@ -152,6 +152,9 @@ async def attempt(config: JobConfig, meshes, task, evaluation) -> str:
         generating = asyncio.ensure_future(generate(config, meshes, queue, task, evaluation))
         try:
             await train(config, meshes, queue, task, evaluation, record)
+        except WeightTransferError:
+            await meshes.trainer.ping()  # If it is lost, that is why its weights did not arrive.
+            raise
         finally:
             generating.cancel()
         await meshes.trainer.close()

@@ -70,6 +70,10 @@ class TrainerActor(Actor):
         return None
 
     @endpoint
+    def ping(self) -> None:
+        """Answers."""
+
+    @endpoint
     def close(self) -> None:
         """Frees shared memory and ends the process group."""
         self.transport.close()
@@ -115,6 +119,10 @@ class TrainerMesh:
     async def send_weights(self) -> WeightUpdate:
         """Makes the weights fetchable; what was sent before the last time is gone."""
         return _rank0(await self._call(self._actors.send_weights.call(), "the trainer's weights"))
+
+    async def ping(self) -> None:
+        """Returns if every rank answers."""
+        await self._call(self._actors.ping.call(), "the trainer to answer")
 
     async def close(self) -> None:
         """Ends the ranks in good order: a checkpoint that is being written is finished."""

@@ -8,6 +8,7 @@
 import os
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torchtitan.experiments.rl.unified.infra.process import trainer_ranks
@@ -60,7 +61,8 @@ def build_transport(config: JobConfig) -> WeightTransport:
         case "vllm_ipc":
             return VllmIpcTransport(slots)
         case "vllm_nccl":
-            return VllmNcclTransport(config.trainer.timeout_seconds, config.generator.tensor_parallel_degree, slots)
+            ranks = config.generator.tensor_parallel_degree
+            return VllmNcclTransport(_trainer_host(config), config.trainer.timeout_seconds, ranks, slots)
     raise ValueError(f"[weight_sync] transport {config.weight_sync.transport!r} does not exist")
 
 
@@ -117,6 +119,13 @@ def check_transport(config: JobConfig) -> None:
 
 def _folder(config: JobConfig) -> Path:
     return Path(config.weight_sync.folder or Path(config.job.dump_folder) / "weights").absolute()
+
+
+def _trainer_host(config: JobConfig) -> str:
+    """The host of the trainer's rank 0, as generators know it."""
+    if config.cluster.trainer:
+        return urlsplit(config.cluster.trainer[0]).hostname
+    return socket.gethostname() if config.cluster.generators else "localhost"
 
 
 def _host(address: str) -> str:

@@ -69,6 +69,8 @@ class Receiver:
 
     def _map(self, update: WeightUpdate) -> torch.Tensor:
         try:
+            if update.handle is not None and not _is_memory(update.location):
+                return self._open(update)  # Sent anew for each that asks, into memory of its own.
             key = self._key(update)
             if key not in self._mapped:
                 # Those of files, and of senders that are gone, would hold space that nobody can use.
@@ -76,8 +78,7 @@ class Receiver:
                 self._mapped[key] = self._open(update)
         except (OSError, RuntimeError, ValueError) as error:
             raise WeightTransferError(
-                f"weights of version {update.version}: {update.location} is gone; its sender has closed it or died "
-                f"({error})"
+                f"weights of version {update.version}: {update.location} is gone or did not arrive: {error}"
             ) from error
         return self._mapped[key]
 

@@ -18,7 +18,7 @@ import socket
 import threading
 from dataclasses import dataclass, field, replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import answer_challenge, Client, Connection, deliver_challenge
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +51,12 @@ class NcclSender:
 
 @dataclass(frozen=True)
 class NcclGroup:
-    """The trainer, as rank 0, and the ranks of one engine: where they meet, and how many they are."""
+    """The trainer, as rank 0, and the ranks of one engine: where they meet, and how many they are.
 
+    Its name is its own: a trainer that was started again may have the same port.
+    """
+
+    name: str
     host: str
     port: int
     world_size: int
@@ -60,41 +64,40 @@ class NcclGroup:
 
 @dataclass(frozen=True)
 class NcclHandle(GpuHandle):
-    """Receives a broadcast of `size` bytes into memory of its own."""
+    """Receives a broadcast of `size` bytes into memory of its own; to be opened once, by each rank of the engine."""
 
     group: NcclGroup
     size: int
 
     def open(self, vllm_config: "VllmConfig", device: torch.device) -> torch.Tensor:
         check_nccl()
-        engine = _join(self.group, vllm_config, device)
+        engine, shelf = _join(self.group, vllm_config, device)
         engine.receive_weights(engine.update_info_cls(names=[TENSOR], dtype_names=["uint8"], shapes=[[self.size]]))
-        return engine.model.take()
+        return shelf.take()
 
 
 class VllmNcclTransport(WeightTransport):
     """Each end on GPUs of its own, on one host or several. The connection between them is not encrypted.
 
     Args:
+        host: of the sender, as the generators' hosts and itself know it.
         timeout_seconds: longest wait for the sender's answer.
         engine_ranks: tensor parallel degree of a generator.
         slots: versions that stay fetchable; each holds GPU memory of the size of the weights.
     """
 
-    def __init__(self, timeout_seconds: float, engine_ranks: int, slots: int = 1) -> None:
-        self.timeout_seconds, self.engine_ranks = timeout_seconds, engine_ranks
+    def __init__(self, host: str, timeout_seconds: float, engine_ranks: int, slots: int = 1) -> None:
+        self.host, self.timeout_seconds, self.engine_ranks = host, timeout_seconds, engine_ranks
         self._memory = SharedMemoryTransport(slots, GpuSegment)
-        self._listener: Listener | None = None
-        # This end, or the one that a generator is connected to.
-        self._sender: NcclSender | None = None
-        self._connection: Connection | None = None
+        # The sender's end, and a generator's.
+        self._server: tuple[NcclSender, socket.socket] | None = None
+        self._connection: tuple[NcclSender, Connection] | None = None
 
     def send(self, version: int, weights: PolicyWeights) -> WeightUpdate:
-        if self._listener is None:
-            self._listen()
+        self._server = self._server or self._listen()
         update = self._memory.send(version, weights)
-        torch.cuda.synchronize()
-        return replace(update, handle=self._sender)
+        torch.cuda.current_stream().synchronize()
+        return replace(update, handle=self._server[0])
 
     def fetch(self, update: WeightUpdate) -> WeightUpdate:
         try:
@@ -106,66 +109,64 @@ class VllmNcclTransport(WeightTransport):
         except (OSError, EOFError, AuthenticationError) as error:
             self._disconnect()
             raise WeightTransferError(
-                f"weights of version {update.version}: {update.location} is gone; its sender at "
-                f"{update.handle.address} has closed it or died ({error!r})"
+                f"weights of version {update.version}: their sender at {':'.join(map(str, update.handle.address))} "
+                f"died, or has {update.location} no more ({error!r})"
             ) from error
-        # What arrives is the receiver's own, and each version another.
-        location = f"nccl:{handle.group.host}:{handle.group.port}:{update.version}"
-        return replace(update, location=location, handle=handle, lasting=False)
+        return replace(update, location=f"nccl:{handle.group.name}", handle=handle, lasting=False)
 
     def close(self) -> None:
         self._disconnect()
-        if self._listener is not None:
-            self._listener.close()
+        if self._server is not None:
+            self._server[1].shutdown(socket.SHUT_RDWR)  # Wakes the thread that accepts.
+            self._server[1].close()
+            self._server = None
         self._memory.close()
 
     def _connect(self, sender: NcclSender) -> Connection:
-        if sender != self._sender:
+        if self._connection is None or self._connection[0] != sender:
             self._disconnect()
-            self._connection = Client(sender.address, authkey=sender.key)
-            self._sender = sender
-        return self._connection
+            self._connection = sender, Client(sender.address, authkey=sender.key)
+        return self._connection[1]
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            self._connection.close()
-        self._sender = self._connection = None
+            self._connection[1].close()
+            self._connection = None
 
-    def _listen(self) -> None:
+    def _listen(self) -> tuple[NcclSender, socket.socket]:
         check_nccl()
-        key = secrets.token_bytes(32)
-        self._listener = Listener(("", 0), authkey=key)
-        self._sender = NcclSender((socket.gethostname(), self._listener.address[1]), key)
-        threading.Thread(target=self._accept, daemon=True).start()
+        server = socket.create_server(("", 0))
+        sender = NcclSender((self.host, server.getsockname()[1]), secrets.token_bytes(32))
+        threading.Thread(target=self._accept, args=(sender, server), daemon=True).start()
+        return sender, server
 
-    def _accept(self) -> None:
+    def _accept(self, sender: NcclSender, server: socket.socket) -> None:
         while True:
             try:
-                connection = self._listener.accept()
-            except (AuthenticationError, EOFError):  # Somebody else.
+                connection = Connection(server.accept()[0].detach())
+            except ConnectionError:
                 continue
             except OSError:  # Closed.
                 return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._serve, args=(sender, connection), daemon=True).start()
 
-    def _serve(self, connection: Connection) -> None:
-        """Broadcasts to one engine what it asks for.
-
-        Its next question says that it has received. Its end, amid a broadcast or not, ends the group.
-        """
+    def _serve(self, sender: NcclSender, connection: Connection) -> None:
+        """Broadcasts to one engine what it asks for, until it hangs up, which ends the group."""
         group = broadcaster = None
         try:
+            deliver_challenge(connection, sender.key)
+            answer_challenge(connection, sender.key)
             while True:
                 location, ranks = connection.recv()
                 segment = self._memory.segments[location]
-                group = group or NcclGroup(self._sender.address[0], _open_port(), 1 + ranks)
+                group = group or NcclGroup(secrets.token_hex(8), self.host, _open_port(), 1 + ranks)
                 connection.send(NcclHandle(group, segment.size))
                 broadcaster = broadcaster or Broadcaster(group, segment.buffer.device)
                 broadcaster.broadcast(segment.buffer)
-        except (OSError, EOFError, KeyError):  # It has gone, or asked for a version that has.
+        except (EOFError, ConnectionError, AuthenticationError):  # It has gone, or is somebody else.
             pass
-        except RuntimeError as error:
-            logger.warning("a generator was to have weights by NCCL: %s", error)
+        except (OSError, RuntimeError, KeyError) as error:
+            logger.warning("weights did not get to a generator by NCCL: %r", error)
         finally:
             connection.close()
             if broadcaster is not None:
@@ -173,7 +174,7 @@ class VllmNcclTransport(WeightTransport):
 
 
 class Broadcaster:
-    """The trainer's place in a group. A generator that dies holds up no work of the trainer's: the stream is its own.
+    """The trainer's place in a group, on a stream beside that of its own work.
 
     Args:
         group: to join; waits for the others.
@@ -198,24 +199,27 @@ class Broadcaster:
         self.communicator.destroy()
 
 
-# The engine of this process's group; a trainer that was started again has another.
-_joined: "dict[NcclGroup, NCCLWeightTransferEngine]" = {}
+# This process's place in its group; a trainer that was started again has another.
+_joined: "dict[NcclGroup, tuple[NCCLWeightTransferEngine, Shelf]]" = {}
 
 
-def _join(group: NcclGroup, vllm_config: "VllmConfig", device: torch.device) -> "NCCLWeightTransferEngine":
+def _join(
+    group: NcclGroup, vllm_config: "VllmConfig", device: torch.device
+) -> "tuple[NCCLWeightTransferEngine, Shelf]":
     from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
     if group not in _joined:
         while _joined:
-            _joined.popitem()[1].shutdown()
-        engine = NCCLWeightTransferEngine(WeightTransferConfig(backend="nccl"), vllm_config, device, Shelf())
+            _joined.popitem()[1][0].shutdown()
+        shelf = Shelf()
+        engine = NCCLWeightTransferEngine(WeightTransferConfig(backend="nccl"), vllm_config, device, shelf)
         engine.init_transfer_engine(
             engine.init_info_cls(
                 master_address=group.host, master_port=group.port, rank_offset=1, world_size=group.world_size
             )
         )
-        _joined[group] = engine
+        _joined[group] = engine, shelf
     return _joined[group]
 
 
