@@ -8,7 +8,6 @@
 import os
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from torchtitan.experiments.rl.unified.infra.process import trainer_ranks
@@ -124,12 +123,17 @@ def _folder(config: JobConfig) -> Path:
 def _trainer_host(config: JobConfig) -> str:
     """The host of the trainer's rank 0, as generators know it."""
     if config.cluster.trainer:
-        return urlsplit(config.cluster.trainer[0]).hostname
+        return _host_name(config.cluster.trainer[0])
     return socket.gethostname() if config.cluster.generators else "localhost"
 
 
+def _host_name(address: str) -> str:
+    """The host in an address such as "tcp://node1:26600"."""
+    return address.rpartition("://")[2].rpartition(":")[0].strip("[]") or address
+
+
 def _host(address: str) -> str:
-    """The host of an address such as "tcp://node1:26600"."""
-    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]") or address
+    """The host of such an address; one name for all that mean this one."""
+    host = _host_name(address)
     local = host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
     return "this host" if local else host

@@ -36,7 +36,7 @@ class Receiver:
     """Reads updates whose bytes lie on this host. It keeps its mapping of memory, which is not free to make.
 
     Args:
-        open_handle: maps the memory of a GPU, given an update's handle.
+        open_handle: brings the bytes that an update's handle stands for, mapped or received.
     """
 
     def __init__(self, open_handle: Callable[[Any], torch.Tensor] | None = None) -> None:

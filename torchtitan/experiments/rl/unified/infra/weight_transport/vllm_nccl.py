@@ -70,7 +70,6 @@ class NcclHandle(GpuHandle):
     size: int
 
     def open(self, vllm_config: "VllmConfig", device: torch.device) -> torch.Tensor:
-        check_nccl()
         engine, shelf = _join(self.group, vllm_config, device)
         engine.receive_weights(engine.update_info_cls(names=[TENSOR], dtype_names=["uint8"], shapes=[[self.size]]))
         return shelf.take()
@@ -210,6 +209,7 @@ def _join(
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
     if group not in _joined:
+        check_nccl()
         while _joined:
             _joined.popitem()[1][0].shutdown()
         shelf = Shelf()
