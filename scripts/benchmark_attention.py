@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torchtitan.experiments.rl.unified.batch_invariant.attention import packed_attention, paged_attention
+from torchtitan.experiments.rl.unified.devices.attention import packed_attention
+from torchtitan.experiments.rl.unified.devices.cpu.attention import paged_attention
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode, cpu
+from torchtitan.experiments.rl.unified.devices.cpu import ops as cpu
+from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 
 # (inner size, columns) of a tiny Qwen3's linears and of Qwen3-0.6B's, without the vocabulary.
 LINEARS = {

@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 from random_checkpoint import RANDOM, write_random_checkpoint
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.model.attention import PackedAttention, replace_inner_attention, StockAttention
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.model.spec import TINY_QWEN3
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec, replace_inner_attention
+from torchtitan.experiments.rl.unified.families.qwen3 import TINY_QWEN3
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention, StockAttention
 
 MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_dim": 1536}
 PROMPT_TOKENS, SAMPLED_TOKENS = 900, 100
@@ -84,7 +84,7 @@ def profiled(what: str, work: Callable[[], object]) -> None:
 
 def generate_when_told(config: JobConfig, args: argparse.Namespace) -> None:
     """An engine's side: for each line on stdin, one batch; answers with its tokens per second."""
-    from torchtitan.experiments.rl.unified.generator import Generator
+    from torchtitan.experiments.rl.unified.generator.generator import Generator
 
     generator = Generator(config)
     print("ready", flush=True)
@@ -127,11 +127,11 @@ def benchmark_generation(args: argparse.Namespace) -> dict[str, list[float]]:
 
 def benchmark_training(config: JobConfig, args: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens per second of each round, a whole optimizer step."""
-    from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
+    from torchtitan.experiments.rl.unified.devices import this_device
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    prepare_torchtitan()
-    from torchtitan.experiments.rl.unified.trainer import RLTrainer
+    this_device().prepare_trainer()
+    from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
     trainer = RLTrainer(config)
     trainer.load()
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--what", default="generation,training")
     parser.add_argument("--engine", choices=("assert", "off"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
         if args.engine:
             generate_when_told(job(Path(folder), args, args.engine), args)

@@ -28,11 +28,11 @@ import torch
 from random_checkpoint import RANDOM, write_random_checkpoint
 from torch.nn import functional
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.rollout.packing import Microbatch, pack, plan
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatches, Microbatch, pack
 from torchtitan.models.attention import VarlenMetadata
 
 SEQUENCES, MICROBATCH_TOKENS = 64, 8192
@@ -137,10 +137,10 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="model width, a multiple of 128")
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_environment()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    prepare_torchtitan()
-    from torchtitan.experiments.rl.unified import trainer as trainer_module
+    this_device().prepare_trainer()
+    from torchtitan.experiments.rl.unified.trainer import trainer as trainer_module
 
     with tempfile.TemporaryDirectory() as folder:
         config = job(Path(folder), args.dim, args.layers)
@@ -151,7 +151,10 @@ def main() -> None:
         config.model.name = trainer.job_config.model.name
         plain = plain_trainer(config)
         trajectories, advantages = sequences(), torch.linspace(-1, 1, SEQUENCES)
-        packed = [pack(trajectories, advantages, indices) for indices in plan(trajectories, 1, MICROBATCH_TOKENS)[0]]
+        packed = [
+            pack(trajectories, advantages, indices)
+            for indices in assign_microbatches(trajectories, 1, MICROBATCH_TOKENS)[0]
+        ]
         tokens = sum(microbatch.tokens.numel() for microbatch in packed)
 
         def padded_step() -> None:

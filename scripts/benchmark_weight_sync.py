@@ -32,19 +32,16 @@ from pathlib import Path
 import torch
 from chaos_resume import Job
 from torch.nn import Parameter
-from torchtitan.experiments.rl.unified.infra.parallelize import full_to_param
-from torchtitan.experiments.rl.unified.infra.process import give_back_memory, quiet_libraries
-from torchtitan.experiments.rl.unified.infra.weight_transport import (
-    build_transport,
-    PolicyWeights,
-    Receiver,
-    TensorSpec,
-    WeightUpdate,
-)
-from torchtitan.experiments.rl.unified.infra.weight_transport.checksum import checksum
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.model.placement import check_arrived, Placement
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.messages import TensorSpec, WeightUpdate
+from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
+from torchtitan.experiments.rl.unified.weights.checksum import checksum
+from torchtitan.experiments.rl.unified.weights.placement import check_arrived, full_to_param, Placement
+from torchtitan.experiments.rl.unified.weights.receiver import Receiver
+from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
 
 def random_weights(flavor: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -113,7 +110,7 @@ def benchmark_actors():
     class Sender(Actor):
         @endpoint
         def setup(self, config: JobConfig, flavor: str) -> int:
-            quiet_libraries()
+            prepare_environment()
             self.weights = random_weights(flavor, torch.bfloat16)
             self.copy = {name: tensor.clone() for name, tensor in self.weights.items()}
             self.transport = build_transport(config)
@@ -149,7 +146,7 @@ def benchmark_actors():
     class Engine(Actor):
         @endpoint
         def setup(self, config: JobConfig, flavor: str) -> None:
-            quiet_libraries()
+            prepare_environment()
             weights = random_weights(flavor, torch.bfloat16)
             self.params = {name: Parameter(tensor, requires_grad=False) for name, tensor in weights.items()}
             self.transport, self.receiver = build_transport(config), Receiver()
@@ -164,7 +161,7 @@ def benchmark_actors():
             placed = {name: Placement(p, tuple(p.shape), (0,) * p.ndim) for name, p in self.params.items()}
             check_arrived(placed, received)
             received.check_still_there()
-            give_back_memory()
+            this_device().give_back_memory()
             return time.perf_counter() - start
 
         @endpoint
@@ -270,7 +267,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=0, help="run the default job for so many steps instead")
     parser.add_argument("--folder", type=Path, help='where transport "file" writes; default: the temporary directory')
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_environment()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.updates:
             for transport in args.transports:

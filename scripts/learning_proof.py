@@ -20,7 +20,7 @@ from pathlib import Path
 
 from make_tiny_checkpoint import ASSETS, evaluate
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.checkpoint import list_saved
+from torchtitan.experiments.rl.unified.record.checkpoints import list_saved
 
 RUN_LIMIT_SECONDS = 1800
 TEMPERATURES = (1.0, 0.0)

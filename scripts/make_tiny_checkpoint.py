@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, trainers
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.model.spec import hf_config, register_train_specs
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.families.base import hf_config, register_train_specs
 from torchtitan.experiments.rl.unified.rollout.datasets import load_local, PromptDataset
 from torchtitan.protocols.model import BaseModelArgs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def train(out: Path, data: Path, steps: int, learning_rate: float, seed: int) ->
     """Train the flavor "tiny" with torchtitan's Trainer and write ``model.safetensors``."""
     # torchtitan reads the process group from here and takes a copy of the device at import
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    prepare_torchtitan()
+    this_device().prepare_trainer()
     from torchtitan.config import ConfigManager
     from torchtitan.hf_datasets import DatasetConfig
     from torchtitan.hf_datasets.text_datasets import DATASETS

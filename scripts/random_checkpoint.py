@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.model.spec import hf_config
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY
+from torchtitan.experiments.rl.unified.families.base import hf_config, policy_train_spec
 from torchtitan.protocols import train_spec
 
 TOKENIZER = REPOSITORY / "tests/assets/qwen3_tiny"

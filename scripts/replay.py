@@ -22,14 +22,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.parity import compare, ParityReport
-from torchtitan.experiments.rl.unified.replay import ReplayFolder
-from torchtitan.experiments.rl.unified.rollout.packing import pack, plan
-from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
+from torchtitan.experiments.rl.unified.messages import ParityReport, Trajectory
+from torchtitan.experiments.rl.unified.record.replay import ReplayFolder
+from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatches, pack
+from torchtitan.experiments.rl.unified.trainer.parity import compare
 
 LISTED = 10
 
@@ -56,7 +56,7 @@ def recompute(trainer, config: JobConfig, trajectories: list[Trajectory]) -> lis
     found: list[torch.Tensor] = [torch.empty(0)] * len(trajectories)
     arithmetic = contextlib.nullcontext() if config.parity.check == "off" else batch_invariant_mode()
     with torch.no_grad(), arithmetic:
-        for indices in plan(trajectories, 1, config.rl.microbatch_tokens)[0]:
+        for indices in assign_microbatches(trajectories, 1, config.rl.microbatch_tokens)[0]:
             microbatch = pack(trajectories, torch.zeros(len(trajectories)), indices)
             logprobs = trainer.logprobs(microbatch.to(trainer.device)).cpu()
             lengths = [len(trajectories[i].completion_ids) for i in indices]
@@ -86,8 +86,8 @@ def compare_all(trajectories: list[Trajectory], found: list[torch.Tensor], who: 
 
 def sample_again(trainer, config: JobConfig, version: int, trajectories: list[Trajectory]) -> list[torch.Tensor]:
     """Samples the recorded requests with the trainer's weights; a completion of other tokens gives NaN log-probs."""
-    from torchtitan.experiments.rl.unified.generator import Generator
-    from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
+    from torchtitan.experiments.rl.unified.generator.generator import Generator
+    from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
     generator = Generator(config)
     config.weight_sync.transport = "shared_memory"  # Both ends are this process.
@@ -105,7 +105,7 @@ def check_version(
     config: JobConfig, replay: ReplayFolder, version: int, trajectories: list[Trajectory], generate: bool
 ) -> bool:
     """Checks one policy version's checkpoint and the tokens it sampled; returns whether nothing differs."""
-    from torchtitan.experiments.rl.unified.trainer import RLTrainer
+    from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
     changed = replay.differences(version)
     print(f"policy version {version}, {replay.checkpoint(version)}: ", end="")
@@ -148,7 +148,7 @@ def run(folder: Path, step: int | None, generate: bool) -> int:
     os.environ.setdefault("MASTER_PORT", "0")
     if int(os.environ["RANK"]) > 0:
         sys.stdout = open(os.devnull, "w")
-    prepare_torchtitan()
+    this_device().prepare_trainer()
     print(f"step {step}: {len(trajectories)} completions")
     equal = True
     for version in sorted({t.policy_version for t in trajectories}):
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--step", type=int, help="step to check; without it those that can be are listed")
     parser.add_argument("--generate", action="store_true", help="the generator samples the step again, too")
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_environment()
     try:
         return run(args.run, args.step, args.generate)
     except ValueError as error:

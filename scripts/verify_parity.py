@@ -27,17 +27,17 @@ from pathlib import Path
 
 import torch
 from random_checkpoint import RANDOM, write_random_checkpoint
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
-from torchtitan.experiments.rl.unified.generator import Generator
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.model.spec import register_train_specs, TINY_QWEN3
-from torchtitan.experiments.rl.unified.parity import compare, ParityReport
-from torchtitan.experiments.rl.unified.rollout.packing import pack
-from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec, register_train_specs
+from torchtitan.experiments.rl.unified.families.qwen3 import TINY_QWEN3
+from torchtitan.experiments.rl.unified.generator.generator import Generator
+from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory
+from torchtitan.experiments.rl.unified.trainer.packing import pack
+from torchtitan.experiments.rl.unified.trainer.parity import compare
+from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
 # vLLM forbids to change the number of threads once an engine runs; this check is about doing just that.
 set_num_threads = torch.set_num_threads
@@ -64,7 +64,7 @@ class Pair:
     """
 
     def __init__(self, config: JobConfig) -> None:
-        from torchtitan.experiments.rl.unified.trainer import RLTrainer
+        from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
         self.config = config
         self.trainer = RLTrainer(config)
@@ -338,10 +338,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table there, too")
     args, job = parser.parse_known_args()
 
-    quiet_libraries()
+    prepare_environment()
     # One process group of one rank, for all the trainers and engines of this process.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    prepare_torchtitan()
+    this_device().prepare_trainer()
     register_train_specs()
     start, rows = time.monotonic(), []
     print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.advantage import advantage_estimator, ADVANTAGES, STD_EPSILON
+from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator, ADVANTAGES, STD_EPSILON
 
 REWARDS_PG = torch.tensor(
     [[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [-3.0, 2.5, 0.25, 1e6], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64

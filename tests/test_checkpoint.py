@@ -19,17 +19,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.checkpoint import (
-    CheckpointError,
-    find_start,
-    list_saved,
-    prepare_folder,
-    read_metadata,
-)
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.job_config import JobConfig, load_job_config
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.errors import CheckpointError
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder, read_metadata
 
 FULL = ["--checkpoint.enable", "--checkpoint.no-last_save_model_only", "--evaluation.interval", "0"]
 
@@ -158,8 +153,8 @@ def trainer(monkeypatch):
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
-    prepare_torchtitan()
-    from torchtitan.experiments.rl.unified.trainer import RLTrainer
+    this_device().prepare_trainer()
+    from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
     def build(folder: Path, *flags: str) -> RLTrainer:
         if torch.distributed.is_initialized():

@@ -8,8 +8,8 @@
 import socket
 
 import pytest
-from torchtitan.experiments.rl.unified.actors import hosts
-from torchtitan.experiments.rl.unified.job_config import load_job_config
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.controller import hosts
 
 
 @pytest.fixture

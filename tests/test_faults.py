@@ -37,7 +37,9 @@ FLAGS = [
 FAULTY_JOB = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
-from torchtitan.experiments.rl.unified.actors import generator, trainer
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import generators as generator, trainer_mesh as trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 def pid_of(name):
@@ -147,7 +149,12 @@ def damage(update):
 
 DAMAGED_JOB = """
 import os, sys, time
-from torchtitan.experiments.rl.unified.actors import mesh, trainer
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import meshes as mesh
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import trainer_mesh as trainer
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 MESHES = []

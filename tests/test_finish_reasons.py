@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY
-from torchtitan.experiments.rl.unified.preflight import check_sampling
+from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY
+from torchtitan.experiments.rl.unified.messages import Trajectory
+from torchtitan.experiments.rl.unified.preflight.sampling import check_sampling
 from torchtitan.experiments.rl.unified.rollout.task import Task
-from torchtitan.experiments.rl.unified.rollout.trajectory import Trajectory
 from transformers import AutoTokenizer
 
 CHECKPOINT = REPOSITORY / "tests/assets/qwen3_tiny"
@@ -24,12 +24,12 @@ CHECKPOINT = REPOSITORY / "tests/assets/qwen3_tiny"
 
 SAMPLE = """
 import dataclasses, json, sys
-from torchtitan.experiments.rl.unified.generator import Generator
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import load_job_config
+from torchtitan.experiments.rl.unified.generator.generator import Generator
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import load_job_config
 from torchtitan.experiments.rl.unified.rollout.task import Task
 
-quiet_libraries()
+prepare_environment()
 config = load_job_config(["--model.hf_assets_path", sys.argv[1]])
 requests = Task(config).next_requests()
 generator = Generator(config)

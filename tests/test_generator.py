@@ -13,12 +13,12 @@ import pytest
 
 SCRIPT = """
 import json, sys
-from torchtitan.experiments.rl.unified.generator import Generator
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request
+from torchtitan.experiments.rl.unified.generator.generator import Generator
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.messages import completion_seed, Request
 
-quiet_libraries()
+prepare_environment()
 first, last, *flags = sys.argv[1:]
 config = load_job_config(["--sampling.max_tokens", "48", *flags])
 generator = Generator(config)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY, TRAIN_CONFIGS
 
 COMMAND = REPOSITORY / "torchtitan/experiments/rl/unified/simple_rl_multiprocess.py"
 BFLOAT16 = [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype", "training.mixed_precision_param")]

@@ -105,7 +105,7 @@ def test_wheel_holds_every_file_and_none_of_torchtitans(wheel):
 def test_vllm_finds_the_plugin_in_both(wheel, editable):
     for site in (wheel, editable):
         (plugin,) = own_distribution(site).entry_points.select(group="vllm.general_plugins")
-        assert plugin.value == "torchtitan.experiments.rl.unified.model.plugin:register"
+        assert plugin.value == "torchtitan.experiments.rl.unified.generator.plugin:register"
 
 
 def test_starting_python_imports_the_hook_alone(bare, wheel, editable):

@@ -6,9 +6,9 @@
 from pathlib import Path
 
 import pytest
-from torchtitan.experiments.rl.unified.infra.process import trainer_ranks
-from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY, TRAIN_CONFIGS, write_toml
-from torchtitan.experiments.rl.unified.preflight import check_batch
+from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
+from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS, write_toml
+from torchtitan.experiments.rl.unified.preflight.batch import check_batch
 
 
 def job(tmp_path: Path, text: str, *flags: str):

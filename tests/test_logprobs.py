@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified import logprobs
-from torchtitan.experiments.rl.unified.logprobs import sampling_entropy, sampling_logits, sampling_logprobs
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.trainer.logprobs import sampling_entropy, sampling_logits, sampling_logprobs
 
 
 def test_by_hand():
@@ -48,5 +48,5 @@ def test_entropy_is_that_of_the_distribution_sampled_from_in_chunks_too(settings
         expected.append(-math.fsum(p * math.log(p) for p in row if p))
     whole = sampling_entropy(logits.requires_grad_(), 0.7, **settings)
     assert whole.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6) and not whole.requires_grad
-    monkeypatch.setitem(logprobs._CHUNK, "cpu", 16 * 7)
+    monkeypatch.setattr(this_device(), "logits_at_once", 16 * 7)
     assert torch.equal(sampling_entropy(logits, 0.7, **settings), whole)

@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.job_config import PolicyLoss
-from torchtitan.experiments.rl.unified.loss import kl_k3, LOSSES, policy_loss, tis_weight
-from torchtitan.experiments.rl.unified.loss.base import MAX_LOG_RATIO
+from torchtitan.experiments.rl.unified.algorithms.losses import LOSSES, policy_loss
+from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, MAX_LOG_RATIO, tis_weight
+from torchtitan.experiments.rl.unified.config.sections import PolicyLoss
 
 CLIPS = [
     *((name, *clip) for name in ("grpo", "dr_grpo") for clip in ((0.2, 0.2), (0.0, 0.0), (0.4, 0.4))),

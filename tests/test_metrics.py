@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified import metrics as metrics_module
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.metrics import notable, RunRecord, set_aside
-from torchtitan.experiments.rl.unified.parity import ParityReport
-from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, RewardResult
-from torchtitan.experiments.rl.unified.rollout.task import Scored
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
-from torchtitan.experiments.rl.unified.step_stats import StepStats
-from torchtitan.experiments.rl.unified.timing import timed
-from torchtitan.experiments.rl.unified.trainer import StepResult
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.messages import (
+    ParityReport,
+    Request,
+    RewardResult,
+    Scored,
+    StepResult,
+    TokenStats,
+    Trajectory,
+)
+from torchtitan.experiments.rl.unified.record import run as metrics_module
+from torchtitan.experiments.rl.unified.record.run import RunRecord, set_aside
+from torchtitan.experiments.rl.unified.record.step import notable
+from torchtitan.experiments.rl.unified.record.timing import timed
 
 
 def config_of(folder: Path, *flags: str):
@@ -46,10 +50,8 @@ def trajectories_of(step: int, version: int | None = None) -> list[Trajectory]:
 def take(record: RunRecord, step: int, version: int | None = None, evaluation: dict | None = None) -> None:
     trajectories = trajectories_of(step, version)
     rewards = [RewardResult(total, {"gsm8k": total}) for total in (0.0, 1.0, 0.0, 0.5)]
-    inputs = [
-        RewardInput(f"prompt {step}", t.text, "#### 1", len(t.completion_ids), t.truncated, 8) for t in trajectories
-    ]
-    scored = Scored(rewards, torch.tensor([-1.0, 1.0, -1.0, 0.0]), inputs)
+    asked = [(f"prompt {step}", "#### 1")] * len(trajectories)
+    scored = Scored(rewards, torch.tensor([-1.0, 1.0, -1.0, 0.0]), asked)
     entry = record.first()
     with timed(entry.phases, "train"):
         pass
@@ -61,7 +63,7 @@ def take(record: RunRecord, step: int, version: int | None = None, evaluation: d
         grad_norm=1.0,
         lr=1e-4,
         parity=ParityReport(tokens_compared=14),
-        stats=StepStats(tokens=14, entropy=28.0),
+        stats=TokenStats(tokens=14, entropy=28.0),
         checkpoint_due=False,
     )
     entry.finish(trajectories, scored, [result])

@@ -6,7 +6,8 @@
 import math
 
 import torch
-from torchtitan.experiments.rl.unified.parity import compare, ParityReport
+from torchtitan.experiments.rl.unified.messages import ParityReport
+from torchtitan.experiments.rl.unified.trainer.parity import compare
 
 
 def name(token: int) -> str:

@@ -13,11 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.job_config import load_job_config, REPOSITORY, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.model.spec import hf_config
-from torchtitan.experiments.rl.unified.plan import checkpoint_steps, count_parameters, GIB, plan_job
-from torchtitan.experiments.rl.unified.provenance import machine, sha256, versions
+from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.families.base import hf_config, policy_train_spec
+from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_steps, count_parameters, estimate_job, GIB
+from torchtitan.experiments.rl.unified.record.provenance import machine, sha256, versions
 
 
 def test_tied_weights_count_once():
@@ -28,7 +27,7 @@ def test_tied_weights_count_once():
 
 def test_shards_share_weights_and_replicas_do_not():
     def trainer(*flags: str):
-        return plan_job(load_job_config(list(flags))).groups[1]
+        return estimate_job(load_job_config(list(flags))).groups[1]
 
     flags = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree")
     ddp, hsdp = trainer(*flags, "1"), trainer(*flags, "2")
@@ -52,7 +51,7 @@ def test_checkpoints_are_foretold(flags, expected):
 
 
 def test_too_many_threads_and_too_little_memory():
-    plan = replace(plan_job(load_job_config([])), cores=2, memory_bytes=100 * GIB, on_host=True)
+    plan = replace(estimate_job(load_job_config([])), cores=2, memory_bytes=100 * GIB, on_host=True)
     assert plan.warnings() == []
     assert replace(plan, cores=1).warnings() == [
         f"{max(g.count * g.threads for g in plan.groups[1:])} compute threads run at once on 1 cores: they will wait "

@@ -8,9 +8,9 @@
 from dataclasses import replace
 
 import pytest
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.preflight import check_arithmetic
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
 from torchtitan.protocols import train_spec
 
 

@@ -14,14 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.replay import (
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.record.replay import (
     checkpoint_digests,
     load_trajectories,
     ReplayFolder,
     save_trajectories,
 )
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 
 def trajectory(sample: int, version: int) -> Trajectory:

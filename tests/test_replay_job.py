@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:

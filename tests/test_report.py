@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from torchtitan.experiments.rl.unified.report import (
+from torchtitan.experiments.rl.unified.record.report import (
     charts,
     headline,
     MAX_POINTS,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tomli
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY, TRAIN_CONFIGS
 
 COMMAND = Path(simple_rl_multiprocess.__file__)
 SMALL = ["--rl.prompts_per_step", "4", "--rl.group_size", "8", "--evaluation.problems", "4"]
@@ -70,7 +70,9 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
 FORGETS_ONE_UPDATE = """
 import dataclasses
 import sys
-from torchtitan.experiments.rl.unified.actors import generator
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import generators as generator
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 class ForgetsOneUpdate(generator.Replica):
@@ -218,7 +220,9 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
 ONE_ADVANTAGE_IS_NAN = """
 import sys
 import torch
-from torchtitan.experiments.rl.unified.actors import mesh
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import meshes as mesh
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 class OneAdvantageIsNan(mesh.TrainerMesh):

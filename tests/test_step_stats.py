@@ -5,12 +5,12 @@
 
 """Sums over microbatches and ranks, and the means that are reported."""
 
-from torchtitan.experiments.rl.unified.step_stats import StepStats
+from torchtitan.experiments.rl.unified.messages import TokenStats
 
 
 def test_sums_add_up_and_become_means():
-    one = StepStats(6, 2, 1, 3, 1.5, 0.25)
-    total = one + StepStats(2, 2, 0, 0, 0.5, 0.25) + StepStats()
+    one = TokenStats(6, 2, 1, 3, 1.5, 0.25)
+    total = one + TokenStats(2, 2, 0, 0, 0.5, 0.25) + TokenStats()
     assert total.means() == {
         "kl_generator_trainer": 0.5 / 8,
         "clip_fraction": 3 / 8,
@@ -22,9 +22,9 @@ def test_sums_add_up_and_become_means():
 
 def test_the_reference_counts_once_some_rank_has_one():
     # A rank that shares its tokens with another reports nothing.
-    total = StepStats() + StepStats(tokens=4, kl_reference=1.0) + StepStats(tokens=4, kl_reference=2.0)
+    total = TokenStats() + TokenStats(tokens=4, kl_reference=1.0) + TokenStats(tokens=4, kl_reference=2.0)
     assert total.means()["kl_reference"] == 3 / 8
 
 
 def test_nothing_is_not_a_division_by_zero():
-    assert set(StepStats().means().values()) == {0.0}
+    assert set(TokenStats().means().values()) == {0.0}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.rl.unified.model.spec import check_checkpoint_fits, register_train_specs
+from torchtitan.experiments.rl.unified.families.base import check_checkpoint_fits, register_train_specs
 from torchtitan.models.qwen3 import qwen3_args
 from torchtitan.protocols.train_spec import get_train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,13 +13,13 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode
-from torchtitan.experiments.rl.unified.infra.device import prepare_torchtitan
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.loss import policy_loss
-from torchtitan.experiments.rl.unified.nonfinite import NonFiniteError
-from torchtitan.experiments.rl.unified.rollout.packing import pack
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
+from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
+from torchtitan.experiments.rl.unified.errors import NonFiniteError
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.trainer.packing import pack
 
 COUNT = 8
 ADVANTAGES = torch.linspace(-1.5, 1.5, COUNT)
@@ -31,7 +31,7 @@ def process_group():
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         for key, value in rank.items():
             patch.setenv(key, value)
-        prepare_torchtitan()
+        this_device().prepare_trainer()
         yield
         torch.distributed.destroy_process_group()
 
@@ -39,7 +39,7 @@ def process_group():
 @pytest.fixture
 def build(tmp_path):
     """Builds loaded trainers, which share a dump folder; flags are the command line's."""
-    from torchtitan.experiments.rl.unified.trainer import RLTrainer
+    from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
     trainers = []
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 

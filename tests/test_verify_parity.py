@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.job_config import REPOSITORY
+from torchtitan.experiments.rl.unified.config.load import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 FORGETS_UPDATES = """

@@ -14,15 +14,17 @@ import pytest
 SCRIPT = """
 import json, sys
 import torch
-from torchtitan.experiments.rl.unified.generator import Generator
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.infra.weight_transport import build_transport, PolicyWeights, TensorSpec
-from torchtitan.experiments.rl.unified.infra.weight_transport import WeightTransferError
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.model.policy import policy_train_spec
-from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request
+from torchtitan.experiments.rl.unified.generator.generator import Generator
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.weights.transports import build_transport
+from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
+from torchtitan.experiments.rl.unified.messages import TensorSpec
+from torchtitan.experiments.rl.unified.errors import WeightTransferError
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.messages import completion_seed, Request
 
-quiet_libraries()
+prepare_environment()
 updates, *flags = sys.argv[1:]
 config = load_job_config(["--sampling.max_tokens", "8", *flags])
 generator = Generator(config)

@@ -11,11 +11,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.rl.unified.job_config import load_job_config
-from torchtitan.experiments.rl.unified.preflight import load_prompts
+from torchtitan.experiments.rl.unified.config.load import load_job_config
 from torchtitan.experiments.rl.unified.rollout.datasets import (
     load_gsm8k,
     load_local,
+    load_prompts,
     PromptDataset,
     QA_DATASETS,
     register_datasets,

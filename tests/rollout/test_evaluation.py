@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.job_config import load_job_config
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation, pass_at_k
 from torchtitan.experiments.rl.unified.rollout.task import Task
-from torchtitan.experiments.rl.unified.rollout.trajectory import Request, Trajectory
 
 TWO_OF_FOUR = ["--evaluation.problems", "2", "--evaluation.samples", "4", "--evaluation.temperature", "0.5"]
 

@@ -9,9 +9,9 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from torchtitan.experiments.rl.unified.infra.weight_transport import WeightUpdate
-from torchtitan.experiments.rl.unified.rollout.queue import Batch, TrajectoryQueue
-from torchtitan.experiments.rl.unified.simple_rl_multiprocess import generate
+from torchtitan.experiments.rl.unified.controller.loops import generate
+from torchtitan.experiments.rl.unified.controller.queue import Batch, TrajectoryQueue
+from torchtitan.experiments.rl.unified.messages import WeightUpdate
 
 STEPS = 12
 

@@ -12,9 +12,9 @@ sampling. Without arguments it answers one of the tiny checkpoint's word problem
 import argparse
 import sys
 
-from torchtitan.experiments.rl.unified.infra.process import quiet_libraries
-from torchtitan.experiments.rl.unified.job_config import resolve_path
-from torchtitan.experiments.rl.unified.model.policy import flavor_of_checkpoint
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import resolve_path
+from torchtitan.experiments.rl.unified.families.base import flavor_of_checkpoint
 
 MODEL_NAME = "qwen3"
 
@@ -63,7 +63,7 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"of {model_args.max_seq_len}"
         )
 
-    from torchtitan.experiments.rl.unified.generator import build_engine
+    from torchtitan.experiments.rl.unified.generator.engine import build_engine
 
     engine = build_engine(
         checkpoint,
@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
 
 def main(args: list[str]) -> int:
     """Prints prompt and text; exit status 1 with one line of error for bad input."""
-    quiet_libraries()
+    prepare_environment()
     try:
         prompt, text = generate(parse_args(args))
     except ValueError as error:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from datasets import Dataset, load_dataset
 from jinja2 import TemplateError
 from pyarrow import ArrowException, parquet
+from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from transformers import PreTrainedTokenizerBase
@@ -263,3 +264,48 @@ def _text_column(rows: Dataset, column: str, where: str, split: str) -> list[str
 def _digest(prompts: list[Prompt], *settings: int) -> str:
     content = [(p.row, p.prompt_ids, p.answer) for p in prompts]
     return hashlib.sha256(repr((content, settings)).encode()).hexdigest()[:16]
+
+
+def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
+    """The job's prompts, checked to leave room for a completion.
+
+    Args:
+        config: the job.
+        held_out: the problems to evaluate on, in an order of their own.
+
+    Raises:
+        ValueError: for a dataset, tokenizer or context length that cannot work.
+    """
+    from transformers import AutoTokenizer
+
+    room = config.training.seq_len - config.sampling.max_tokens
+    if room < 1:
+        raise ValueError(
+            f"context too short: [training] seq_len {config.training.seq_len} leaves no room for a prompt before "
+            f"[sampling] max_tokens {config.sampling.max_tokens}; raise the one or lower the other"
+        )
+    try:
+        return PromptDataset(
+            config.training.dataset,
+            (
+                config.evaluation.dataset_path or config.training.dataset_path
+                if held_out
+                else config.training.dataset_path
+            ),
+            AutoTokenizer.from_pretrained(config.model.hf_assets_path),
+            seed=config.evaluation.seed if held_out else config.debug.seed,
+            split="test" if held_out else "train",
+            question_column=config.data.question_column,
+            answer_column=config.data.answer_column,
+            max_prompt_tokens=room,
+            long_prompts=config.data.overlong_prompts,
+            system_prompt=config.data.system_prompt,
+            template_kwargs=config.data.template_kwargs,
+        )
+    except ValueError as error:
+        if "longer than" in str(error):
+            raise ValueError(
+                f"context too short: [training] seq_len {config.training.seq_len} less [sampling] max_tokens "
+                f"{config.sampling.max_tokens} leaves {room} tokens for a prompt. {error}"
+            ) from error
+        raise

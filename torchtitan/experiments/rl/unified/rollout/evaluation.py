@@ -8,11 +8,11 @@
 import math
 from dataclasses import replace
 
-from torchtitan.experiments.rl.unified import preflight
-from torchtitan.experiments.rl.unified.job_config import JobConfig
+from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.messages import completion_seed, Request, Trajectory
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
 from torchtitan.experiments.rl.unified.rollout.task import reward_inputs
-from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
 
 
 class Evaluation:
@@ -32,8 +32,7 @@ class Evaluation:
         self.sampling = replace(config.sampling, temperature=self.config.temperature)
         if not self.config.interval:
             return
-        preflight.check_evaluation(config)
-        prompts = preflight.load_prompts(config, held_out=True)
+        prompts = load_prompts(config, held_out=True)
         self.problems = prompts.next_batch(min(self.config.problems or len(prompts.prompts), len(prompts.prompts)))
         self.rewards = Rewards({self.config.reward: 1.0}, config.reward.timeout_seconds)
         self.rewards.check_answers([problem.answer for problem in self.problems])

@@ -5,54 +5,32 @@
 
 """What the policy is asked and how its answers are judged: prompts, seeds, rewards, advantages."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torchtitan.experiments.rl.unified import preflight
-from torchtitan.experiments.rl.unified.advantage import advantage_estimator
-from torchtitan.experiments.rl.unified.infra.weight_transport import check_transport
-from torchtitan.experiments.rl.unified.job_config import JobConfig
-from torchtitan.experiments.rl.unified.rollout.datasets import Prompt
-from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, RewardResult
-from torchtitan.experiments.rl.unified.rollout.trajectory import completion_seed, Request, Trajectory
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Rewards of a step's trajectories, in their order.
-
-    Attributes:
-        rewards: total and parts of each.
-        advantages: fp32 (trajectories,).
-        inputs: what was judged.
-    """
-
-    rewards: list[RewardResult]
-    advantages: torch.Tensor
-    inputs: list[RewardInput]
+from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator
+from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.messages import completion_seed, Request, Scored, Trajectory
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, Prompt
+from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, Rewards
 
 
 class Task:
-    """The job's prompts and rewards. Everything that can be wrong with them is found on construction.
+    """The job's prompts and rewards. What can be wrong with them is found on construction.
 
     Args:
         config: the job.
 
     Raises:
-        ValueError: see preflight.
+        ValueError: no such rows or reward, or they cannot work.
     """
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
-        preflight.check_checkpoint(config)
-        preflight.check_batch(config)
-        preflight.check_sampling(config)
-        preflight.check_arithmetic(config)
-        check_transport(config)
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
-        self.rewards = preflight.load_rewards(config)
-        self.prompts = preflight.load_prompts(config)
+        self.rewards = Rewards(config.reward.weights, timeout_seconds=config.reward.timeout_seconds)
+        self.prompts = load_prompts(config)
         self.rewards.check_answers([prompt.answer for prompt in self.prompts.prompts])
         self._start = self.prompts.state_dict()
         self._prompts = {prompt.row: prompt for prompt in self.prompts.prompts}
@@ -82,7 +60,7 @@ class Task:
         if self.config.rl.truncated_completions == "zero_reward":
             rewards = [replace(r, total=0.0) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
-        return Scored(rewards, self.estimate(rewards_PG).flatten(), inputs)
+        return Scored(rewards, self.estimate(rewards_PG).flatten(), [(i.prompt, i.answer) for i in inputs])
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"

@@ -11,8 +11,8 @@ To add a reward, add an entry to REWARDS; anyone's own needs no entry, its dotte
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from torchtitan.experiments.rl.unified.messages import RewardResult
 from torchtitan.experiments.rl.unified.rollout.answers import reference_values
 from torchtitan.experiments.rl.unified.rollout.rewards.base import Reward, RewardError, RewardInput
 from torchtitan.experiments.rl.unified.rollout.rewards.builtin import format_reward, gsm8k, soft_overlong
@@ -27,19 +27,6 @@ REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "soft_overlong": soft_overlong,
 }
-
-
-@dataclass(frozen=True)
-class RewardResult:
-    """A completion's reward.
-
-    Attributes:
-        total: sum of weight times part.
-        parts: each reward by its name, before its weight.
-    """
-
-    total: float
-    parts: dict[str, float]
 
 
 class Rewards:

@@ -1,0 +1,6 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The job config: its sections, how it is read, what follows from it."""

@@ -1,0 +1,63 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""The environment variables and log levels of a job."""
+
+import logging
+import os
+import sys
+import warnings
+
+from torchtitan.experiments.rl.unified.config.load import JobConfig
+
+PACKAGE = "torchtitan.experiments.rl.unified"
+
+
+def prepare_environment() -> None:
+    """What every process of a job sets before it imports Monarch, and those it starts inherit.
+
+    Libraries speak of errors only, unless the user set RL_VERBOSE=1.
+    """
+    defaults = {
+        # Threads that wait for work must not hold the core another process computes on.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # torch and the libraries over it ask for GPUs without initialising CUDA.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # Monarch looks for dead processes this often.
+        "HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s",
+        # One that dies while it is being looked at never answers.
+        "HYPERACTOR_MESH_GET_ACTOR_STATE_MAX_IDLE": "8s",
+        # What does not end by itself in this time, twice, is killed.
+        "HYPERACTOR_PROCESS_EXIT_TIMEOUT": "3s",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RL_VERBOSE") == "1":
+        return
+    for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
+    # torchtitan logs to the root logger; vLLM takes its level from the environment, but only once an engine is built.
+    for name, level in (("", logging.ERROR), ("vllm", logging.ERROR), (PACKAGE, logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+
+
+def honour_environment(config: JobConfig, on_gpu: bool) -> None:
+    """Applies VLLM_BATCH_INVARIANT and VLLM_ATTENTION_BACKEND as far as a GPU or a CPU can; says what is used instead.
+
+    vLLM 0.32 no longer reads the second variable; here it sets `[generator] attention_backend` unless the TOML does.
+    """
+    backend = os.environ.get("VLLM_ATTENTION_BACKEND")
+    if backend and on_gpu:
+        config.generator.attention_backend = config.generator.attention_backend or backend
+    elif backend:
+        print(
+            f"VLLM_ATTENTION_BACKEND={backend} needs a GPU: on this CPU attention is this package's own kernel, "
+            "batch-invariant in trainer and generator",
+            file=sys.stderr,
+        )
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "0" and config.parity.check != "off":
+        raise ValueError('VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"')

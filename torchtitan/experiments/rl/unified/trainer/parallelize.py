@@ -1,0 +1,76 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""How a policy is spread over the ranks of the trainer."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.families.base import replace_inner_attention
+from torchtitan.experiments.rl.unified.families.qwen3 import to_compat
+from torchtitan.experiments.rl.unified.families.tensor_parallel import apply_tensor_parallel
+from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention, StockAttention
+from torchtitan.models.llama3.infra.parallelize import apply_ddp
+
+# What selective activation checkpointing keeps: every second matrix product, and attention.
+_SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.unified.packed_attention.default}
+
+
+def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """The TrainSpec's `parallelize_fn` for a policy: arithmetic, TP, activation checkpointing, data parallel.
+
+    Args:
+        model: a TrainSpec model on the meta device, `attn_type` "varlen".
+        parallel_dims: the degrees the job runs with.
+        job_config: the whole job config.
+
+    Returns:
+        The same model, parallelized in place.
+    """
+    if job_config.rl.mode == "vllm_compat":
+        to_compat(model, job_config.parallelism.tensor_parallel_degree)
+    attention = StockAttention if job_config.parity.check == "off" else PackedAttention
+    replace_inner_attention(model, lambda name: attention())
+    if parallel_dims.tp_enabled:
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
+    if job_config.activation_checkpoint.mode != "none":
+        folder = job_config.job.dump_folder
+        apply_ac(model, job_config.activation_checkpoint, op_sac_save_list=_SAVED_OPS, base_folder=folder)
+    if parallel_dims.fsdp_enabled:
+        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        apply_fully_shard(model, parallel_dims.get_mesh(names), job_config)
+    elif parallel_dims.dp_replicate_enabled:
+        apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=False)
+    return model
+
+
+def apply_fully_shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """FSDP2 (HSDP on a two-dimensional mesh): master weights in `training.dtype`, compute in `mixed_precision_param`.
+
+    Args:
+        model: has `tok_embeddings`, `layers`, `norm`, `output`; the ends may share one weight.
+        mesh: of the data-parallel ranks.
+        job_config: the whole job config.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
+    )
+    reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # Tied weights must lie in one group.
+    fully_shard([model.tok_embeddings, model.norm, model.output], mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the step's tokens: gradients are summed. Gloo sums, but cannot scale on the way.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

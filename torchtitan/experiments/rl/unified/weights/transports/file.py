@@ -1,0 +1,77 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Weights through files that both hosts see."""
+
+import functools
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torchtitan.experiments.rl.unified.errors import WeightTransferError
+from torchtitan.experiments.rl.unified.messages import TensorEntry, WeightUpdate
+from torchtitan.experiments.rl.unified.weights.base import PolicyWeights, WeightTransport
+from torchtitan.experiments.rl.unified.weights.checksum import checksum
+from torchtitan.experiments.rl.unified.weights.layout import Layout
+
+
+class FileTransport(WeightTransport):
+    """A safetensors file a version, complete under its name or not there, in a folder that all hosts mount.
+
+    Args:
+        folder: for this job's weights alone; made if missing.
+        slots: versions that stay; older files are removed, those of a job that was killed at the first send.
+    """
+
+    def __init__(self, folder: str | Path, slots: int = 1) -> None:
+        self.folder = Path(folder)
+        self.slots = slots
+        self._written: list[Path] = []
+
+    def send(self, version: int, weights: PolicyWeights) -> WeightUpdate:
+        """See WeightTransport.
+
+        Raises:
+            WeightTransferError: the file cannot be written; those of older versions are untouched.
+        """
+        layout = Layout(version, weights.specs)
+        path = self.folder / f"policy-{version}.safetensors"
+        temporary = path.with_suffix(".part")
+        try:
+            self._make_folder()
+            with temporary.open("wb") as file:
+                layout.fill(weights, functools.partial(_write, file))
+                file.seek(0)
+                file.write(layout.header())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError as error:
+            raise WeightTransferError(f"weights of version {version}: cannot write {path}: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._written = [*(old for old in self._written if old != path), path]
+        while len(self._written) > self.slots:
+            self._written.pop(0).unlink(missing_ok=True)
+        return WeightUpdate(version, str(path.absolute()), layout.entries)
+
+    def close(self) -> None:
+        while self._written:
+            self._written.pop().unlink(missing_ok=True)
+
+    def _make_folder(self) -> None:
+        if self._written:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_behind in self.folder.glob("policy-*"):
+            left_behind.unlink()
+
+
+def _write(file: BinaryIO, entry: TensorEntry, tensor: torch.Tensor) -> int:
+    tensor = tensor.to("cpu", entry.spec.dtype).contiguous()
+    file.seek(entry.offset)
+    file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+    return checksum(tensor)
