@@ -18,6 +18,7 @@ import pydantic
 import tomli
 import tomli_w
 from torchtitan.config import JobConfig as TitanJobConfig
+from torchtitan.config.job_config import Model as TitanModel
 from torchtitan.config.manager import ConfigManager
 from torchtitan.experiments.rl.unified.config.sections import (
     Advantage,
@@ -50,8 +51,21 @@ PATHS = (("model", "hf_assets_path"), ("training", "dataset_path"), ("evaluation
 
 
 @dataclass
+class Model(TitanModel):
+    """torchtitan's [model], which leaves to the checkpoint's config.json what the model is."""
+
+    name: str = ""
+    """Family of the model; empty: config.json's model_type says it"""
+
+    flavor: str = ""
+    """torchtitan's name for the model's shape, to be held against config.json; empty: config.json alone says it"""
+
+
+@dataclass
 class JobConfig(TitanJobConfig):
     """torchtitan's JobConfig with the sections of this experiment."""
+
+    model: Model = field(default_factory=Model)
 
     rl: RL = field(default_factory=RL)
     data: Data = field(default_factory=Data)

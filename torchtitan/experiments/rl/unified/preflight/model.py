@@ -13,27 +13,26 @@ import torch
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.checks import check_supported
-from torchtitan.experiments.rl.unified.families.base import check_checkpoint_fits, policy_train_spec
-from torchtitan.experiments.rl.unified.families.qwen3 import to_compat
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
 
 logger = logging.getLogger(__name__)
 
 
+def model_of_job(config: JobConfig) -> PolicyModel:
+    """The model in `[model] hf_assets_path`; ValueError as of `model_of_checkpoint`."""
+    return model_of_checkpoint(config.model.hf_assets_path, config.model.name, config.model.flavor)
+
+
 def check_checkpoint(config: JobConfig) -> None:
-    """The checkpoint directory exists and holds a model of the flavor.
+    """The checkpoint directory exists and holds a model that runs here.
 
     Raises:
         ValueError: says what is missing or names the fields that differ.
     """
+    model_of_job(config)
     path = Path(config.model.hf_assets_path)
-    if not path.is_dir():
-        raise ValueError(f"no checkpoint directory {path} ([model] hf_assets_path): see scripts/download_hf_assets.py")
-    flavors = policy_train_spec(config.model.name).model_args
-    if config.model.flavor not in flavors:
-        raise ValueError(f"[model] flavor {config.model.flavor!r}: {config.model.name} has {', '.join(flavors)}")
-    check_checkpoint_fits(path / "config.json", flavors[config.model.flavor])
-    if quantisation := json.loads((path / "config.json").read_text()).get("quantization_config"):
+    if quantisation := json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
         raise ValueError(
             f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
             "updated in place cannot be; download the unquantised checkpoint"
@@ -65,13 +64,13 @@ def check_resume(config: JobConfig) -> None:
         return
     if not Path(path).is_dir():
         raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
-    spec = policy_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
+    model = model_of_job(config)
     if not (Path(path) / ".metadata").exists():
-        check_checkpoint_fits(Path(path) / "config.json", args)
+        if model.family.to_hf(model_of_checkpoint(path).args) != model.family.to_hf(model.args):
+            raise ValueError(f"[checkpoint] initial_load_path: {path} holds another model than [model] hf_assets_path")
         return
     with torch.device("meta"):
-        check_model(Path(path), spec.model_cls(args))
+        check_model(Path(path), model.build())
 
 
 def check_arithmetic(config: JobConfig) -> None:
@@ -84,15 +83,12 @@ def check_arithmetic(config: JobConfig) -> None:
     for key in ("context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
         if getattr(degrees, key) > 1:
             raise ValueError(f"[parallelism] {key} = {getattr(degrees, key)}: policies here have no such split; use 1")
-    spec = policy_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
+    policy = model_of_job(config)
     for section in ("parallelism", "generator"):
-        degree = getattr(config, section).tensor_parallel_degree
-        if args.n_heads % degree or args.n_kv_heads % degree:
-            raise ValueError(
-                f"[{section}] tensor_parallel_degree = {degree} does not divide the model's {args.n_heads} heads and "
-                f"{args.n_kv_heads} key/value heads"
-            )
+        try:
+            policy.family.check_parallel(policy.args, getattr(config, section).tensor_parallel_degree)
+        except ValueError as error:
+            raise ValueError(f"[{section}] {error}") from None
     training = config.training
     if training.mixed_precision_param != training.dtype and degrees.data_parallel_shard_degree <= 1:
         raise ValueError(
@@ -122,11 +118,12 @@ def check_arithmetic(config: JobConfig) -> None:
         setting = "[model] converters" if config.model.converters else "[compile] enable"
         raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
     with torch.device("meta"):
-        model = spec.model_cls(args)
+        model = policy.build()
     check_supported(model)
+    sizes = policy.geometry
     try:
-        device.check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+        device.check_attention(sizes.head_size, sizes.heads, sizes.kv_heads, getattr(torch, config.generator.dtype))
     except ValueError as error:
         raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":
-        to_compat(model, degrees.tensor_parallel_degree)
+        policy.family.to_vllm_arithmetic(model, degrees.tensor_parallel_degree)

@@ -8,6 +8,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, tis_
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices.mode import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.errors import CheckpointError, ParityError
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.messages import ParityReport, StepResult, TensorSpec, TokenStats, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import (
     checkpoint_folder,
@@ -64,12 +65,13 @@ class RLTrainer(Trainer):
     here is a pack of trajectories, and its loss is the policy loss over their sampled tokens.
 
     Args:
-        job_config: the job; `model.name` is looked up among the TrainSpecs.
+        job_config: the job.
     """
 
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
-        job_config.model.name = _register_policy(job_config.model.name)
+        chosen = job_config.model
+        chosen.name = _register_policy(model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor))
         self.resumes = job_config.checkpoint.enable
         if not job_config.checkpoint.enable:  # The first weights come through the checkpointer; it saves nothing.
             job_config.checkpoint.enable = job_config.checkpoint.load_only = True
@@ -359,18 +361,13 @@ class RLTrainer(Trainer):
             )
 
 
-def _register_policy(name: str) -> str:
-    """Registers the TrainSpec `name` as torchtitan's Trainer is to run it here, and returns its name there."""
-    registered = f"{name}_policy"
-    if registered not in train_spec._extra_train_specs:
-        train_spec.register_train_spec(
-            registered,
-            dataclasses.replace(
-                policy_train_spec(name),
-                parallelize_fn=parallelize_policy,
-                # Prompts come from the controller; torchtitan's dataloader has nothing to load.
-                build_dataloader_fn=None,
-                build_metrics_processor_fn=lambda job_config, parallel_dims, _: StepMetrics(job_config, parallel_dims),
-            ),
-        )
-    return registered
+def _register_policy(model: PolicyModel) -> str:
+    """Registers the model's TrainSpec as torchtitan's Trainer is to run it here, and returns its name there."""
+    train_spec._extra_train_specs["policy"] = dataclasses.replace(
+        model.train_spec(),
+        parallelize_fn=functools.partial(parallelize_policy, family=model.family),
+        # Prompts come from the controller; torchtitan's dataloader has nothing to load.
+        build_dataloader_fn=None,
+        build_metrics_processor_fn=lambda job_config, parallel_dims, _: StepMetrics(job_config, parallel_dims),
+    )
+    return "policy"
