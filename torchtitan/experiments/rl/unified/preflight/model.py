@@ -90,11 +90,6 @@ def check_arithmetic(config: JobConfig) -> None:
         except ValueError as error:
             raise ValueError(f"[{section}] {error}") from None
     training = config.training
-    if training.mixed_precision_param != training.dtype and degrees.data_parallel_shard_degree <= 1:
-        raise ValueError(
-            f"[training] dtype {training.dtype} with mixed_precision_param {training.mixed_precision_param} takes FSDP "
-            "([parallelism] data_parallel_shard_degree above 1); without it make the two equal"
-        )
     if config.parity.check == "off":
         return
     if config.generator.dtype != training.mixed_precision_param:

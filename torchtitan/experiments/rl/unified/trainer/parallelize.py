@@ -5,6 +5,8 @@
 
 """How a policy is spread over the ranks of the trainer."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +21,25 @@ from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
 # What selective activation checkpointing keeps: every second matrix product, and attention.
 _SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.unified.packed_attention.default}
+
+
+class MasterParallelDims(ParallelDims):
+    """torchtitan's, with FSDP at every degree: it keeps weights in `training.dtype` and computes in another one.
+
+    Args:
+        dims: the degrees.
+    """
+
+    def __init__(self, dims: ParallelDims) -> None:
+        degrees = [field.name for field in dataclasses.fields(dims) if not field.name.startswith("_")]
+        super().__init__(**{name: getattr(dims, name) for name in degrees})
+
+    @property
+    def fsdp_enabled(self) -> bool:
+        return True
+
+    def _mesh_exist(self, name: str, degree: int) -> bool:
+        return name == "fsdp" or super()._mesh_exist(name, degree)
 
 
 def parallelize_policy(

@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed import ParallelDims, utils as dist_utils
 from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, tis_weight
 from torchtitan.experiments.rl.unified.config.load import JobConfig
@@ -38,7 +38,7 @@ from torchtitan.experiments.rl.unified.record.checkpoints import (
 from torchtitan.experiments.rl.unified.trainer.finite import stop_unless_finite
 from torchtitan.experiments.rl.unified.trainer.logprobs import sampling_entropy, sampling_logprobs
 from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatches, Microbatch, pack
-from torchtitan.experiments.rl.unified.trainer.parallelize import parallelize_policy
+from torchtitan.experiments.rl.unified.trainer.parallelize import MasterParallelDims, parallelize_policy
 from torchtitan.experiments.rl.unified.trainer.parity import compare
 from torchtitan.experiments.rl.unified.trainer.reference import ReferencePolicy
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
@@ -89,6 +89,11 @@ class RLTrainer(Trainer):
         # DDP averages gradients; a sum over the step's tokens wants their sum.
         averages = self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled
         self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
+
+    def init_distributed(self) -> ParallelDims:
+        """Upstream's, and degrees under which the weights may have another dtype than the arithmetic."""
+        dims, training = super().init_distributed(), self.job_config.training
+        return dims if training.dtype == training.mixed_precision_param else MasterParallelDims(dims)
 
     def load(self) -> None:
         """Loads the newest whole checkpoint of the run, or the weights that training starts from; and the reference.
