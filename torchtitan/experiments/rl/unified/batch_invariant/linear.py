@@ -29,7 +29,7 @@ def isa(dtype: torch.dtype) -> str:
 
 
 def use_isa(name: str | None) -> None:
-    """Products are computed by this instruction set from now on, in the whole process; None: by the best there is.
+    """Products are computed by this instruction set from now on, in the whole process; None: as RL_CPU_ISA says.
 
     Raises:
         ValueError: as `isa` does.
@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: see `load_library`.
     """
     library = load_library("ops")
-    _use(library, os.environ.get(_VARIABLE))
+    _use(library, None)
     return library
 
 
@@ -54,11 +54,12 @@ def _use(library: ctypes.CDLL, name: str | None) -> None:
     best = library.best()
     if best < 0:
         raise ValueError("this CPU has no AVX2 with FMA: batch-invariant products need it")
-    if name is not None and name not in ISAS:
+    name = name or os.environ.get(_VARIABLE) or ISAS[best]
+    if name not in ISAS:
         raise ValueError(f"{_VARIABLE}={name} is none of {', '.join(ISAS)}")
-    if name is not None and ISAS.index(name) > best:
+    if ISAS.index(name) > best:
         raise ValueError(f"{_VARIABLE}={name}: this CPU's best is {ISAS[best]}; unset it, or set it to that or less")
-    library.use(best if name is None else ISAS.index(name))
+    library.use(ISAS.index(name))
 
 
 class PackedWeight:
@@ -113,6 +114,11 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         ValueError: shapes or dtypes that don't fit, or numbers that ask for a gradient.
     """
+    if x.dtype != weight.dtype or x.shape[-1] != weight.k:
+        raise ValueError(
+            f"numbers of shape {tuple(x.shape)} in {x.dtype} don't meet a packed weight of {weight.n} x {weight.k} in "
+            f"{weight.dtype}"
+        )
     if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
         raise ValueError("a product with a packed weight has no gradient: call it under torch.no_grad()")
     return torch.ops.rl_unified.packed_linear(x, weight.words, weight.n, bias)

@@ -49,12 +49,11 @@ int isa = -1;
 
 // Whether the caller is a derivative formula of torch's. Gradients are sums over rows: torch's products serve them.
 // Activation checkpointing runs a forward pass within a backward one. That is told by what a formula never has: grad
-// mode (but to differentiate twice), hooks for saved tensors, or a node of Python's.
+// mode (but to differentiate twice), hooks for saved tensors, or a node that is not torch's own.
 bool is_derivative_formula() {
   if (torch::autograd::get_current_graph_task_id() == -1 || c10::GradMode::is_enabled()) return false;
   if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return false;
-  const auto node = torch::autograd::get_current_node();
-  return node && node->is_traceable();
+  return dynamic_cast<const torch::autograd::TraceableFunction*>(torch::autograd::get_current_node().get());
 }
 
 bool is_covered(const at::Tensor& a, const at::Tensor& b) {
