@@ -5,8 +5,8 @@
 
 """Times the row-invariant matrix products against torch's and vLLM's, in turn, in one process.
 
-Each figure is another's time over ours, the median over rounds: 1 is equal speed, 2 is twice as fast as the other, and a
-busy machine slows both. "as is" is torch.nn.functional.linear inside the mode, which packs the weight at each call;
+Each figure is another's time over ours, the median over rounds: 1 is equal speed, 2 is twice as fast as the other, and
+a busy machine slows both. "as is" is torch.nn.functional.linear inside the mode, which packs the weight at each call;
 "packed" a weight that was packed before. vLLM's product (onednn_mm) has its weight packed before, too.
 """
 

@@ -16,8 +16,13 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchtitan.experiments.rl.unified.batch_invariant import batch_invariant_mode, check_supported
-from torchtitan.experiments.rl.unified.batch_invariant.linear import isa, ISAS, linear as packed_linear, PackedWeight
-from torchtitan.experiments.rl.unified.batch_invariant.linear import use_isa
+from torchtitan.experiments.rl.unified.batch_invariant.linear import (
+    isa,
+    ISAS,
+    linear as packed_linear,
+    PackedWeight,
+    use_isa,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 300
@@ -269,7 +274,8 @@ def test_what_is_not_covered_is_torchs():
     with batch_invariant_mode():
         for m, k, n in ((0, 3, 2), (3, 0, 2), (3, 2, 0)):
             assert torch.equal(torch.mm(torch.ones(m, k), torch.ones(k, n)), torch.full((m, n), float(k)))
-            assert torch.equal(torch.addmm(torch.ones(n), torch.ones(m, k), torch.ones(k, n)), torch.full((m, n), k + 1.0))
+            found = torch.addmm(torch.ones(n), torch.ones(m, k), torch.ones(k, n))
+            assert torch.equal(found, torch.full((m, n), k + 1.0))
         half = numbers(5, 40, dtype=torch.float16)
         found = half @ half.t()
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
@@ -402,7 +408,8 @@ def test_what_a_checkpoint_computes_again_has_the_same_bits(use_reentrant, dtype
 
     with batch_invariant_mode():
         # The input of a first block is a result of torch's formulas too, so that one runs while a block is recomputed.
-        checkpoint(block, checkpoint(block, x, use_reentrant=use_reentrant) / 1031, use_reentrant=use_reentrant).sum().backward()
+        middle = checkpoint(block, x, use_reentrant=use_reentrant) / 1031
+        checkpoint(block, middle, use_reentrant=use_reentrant).sum().backward()
     first, again = seen[:6], seen[9:] + seen[6:9]
     assert len(seen) == 12
     for f, a in zip(first, again, strict=True):

@@ -96,7 +96,7 @@ class PackedWeight:
             )
         offset = 0
         for weight in weights:
-            torch.ops.rl_unified.pack_weight(self.words, self.n, offset, weight.detach())
+            torch.ops.rl_unified.pack_weight.default(self.words, self.n, offset, weight.detach())
             offset += len(weight)
 
 
@@ -121,4 +121,4 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
         )
     if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
         raise ValueError("a product with a packed weight has no gradient: call it under torch.no_grad()")
-    return torch.ops.rl_unified.packed_linear(x, weight.words, weight.n, bias)
+    return torch.ops.rl_unified.packed_linear.default(x, weight.words, weight.n, bias)

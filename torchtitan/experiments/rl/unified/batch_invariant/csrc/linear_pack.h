@@ -55,12 +55,15 @@ void pack(
     const T* w, int64_t k_stride, int64_t n_stride, int64_t size, int64_t columns, int64_t units, uint32_t* out,
     int64_t width) {
   constexpr int64_t per_unit = 4 / sizeof(T);
+  constexpr int64_t line = 16;  // units: rows far apart share a place in the first cache, so a line is used up at once
   const int64_t whole = k_stride == 1 ? size / per_unit / 4 * 4 : 0;
   const int64_t fours = whole ? columns / 4 * 4 : 0;
-  for (int64_t u = 0; u < whole; u += 4) {
+  for (int64_t begin = 0; begin < whole; begin += line) {
     for (int64_t c = 0; c < fours; c += 4) {
-      const T* p = w + c * n_stride + u * per_unit;
-      transpose_4x4({p, p + n_stride, p + 2 * n_stride, p + 3 * n_stride}, out + u * width + c, width);
+      for (int64_t u = begin; u < std::min(whole, begin + line); u += 4) {
+        const T* p = w + c * n_stride + u * per_unit;
+        transpose_4x4({p, p + n_stride, p + 2 * n_stride, p + 3 * n_stride}, out + u * width + c, width);
+      }
     }
   }
   for (int64_t u = 0; u < units; u++) {
