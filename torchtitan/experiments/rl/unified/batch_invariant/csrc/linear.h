@@ -78,7 +78,7 @@ class Part {
   void compute(int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     few = ceil_div(m1 - m0, path.tile_rows) <= kFewTiles;
     group = few ? kFewPanels : path.panels;
-    units_of_block = few ? depth.units : path.units;
+    cut(few ? depth.units : path.units);
     const int64_t blocks = ceil_div(m1 - m0, path.rows);
     const int64_t panels = few ? kFewPanels : kManyPanels;
     for (int64_t q = p0; q < p1; q += panels) {
@@ -102,70 +102,80 @@ class Part {
     return w;
   }
 
+  // A part of K that is summed at a time: some units of a leaf.
+  struct Slice {
+    int64_t leaf, unit;  // of that leaf, the first
+    int64_t k, size;     // numbers
+    int64_t units;       // that a tile takes: AMX takes the zeros too
+    bool first, last;    // of its leaf
+  };
+
+  void cut(int64_t units) {
+    most_units = std::min(units, depth.units);
+    slices.clear();
+    for (int64_t leaf = 0; leaf < kLeaves; leaf++) {
+      for (int64_t u = 0; u < depth.units; u += units) {
+        const int64_t begin = u * depth.per_unit;
+        const int64_t size = std::clamp<int64_t>(depth.leaf_size(leaf) - begin, 0, units * depth.per_unit);
+        const int64_t taken =
+            path.mode == kAmxTiles ? std::min(units, depth.units - u) : ceil_div(size, depth.per_unit);
+        slices.push_back({leaf, u, leaf * depth.leaf + begin, size, taken, u == 0, u + units >= depth.units});
+      }
+    }
+  }
+
   // Some rows of panels [q, end), which lie at w.
   void block(Rows rows, int64_t q, int64_t end, const uint32_t* w) {
     const int64_t tiles = ceil_div(rows.count(), path.tile_rows);
     auto rows_of = [&](int64_t tile) {
       return Rows{rows.begin + rows.count() * tile / tiles, rows.begin + rows.count() * (tile + 1) / tiles};
     };
-    // A tile whose sum is whole at once is rounded from the first cache: all take the same place.
-    const bool at_once = kLeaves == 1 && depth.units <= units_of_block;
+    // Tiles whose sums are whole at once all take the same place, and are rounded from the first cache.
+    const bool at_once = slices.size() == 1;
     const int64_t ldc = (at_once ? group : end - q) * kColumns;
-    const int64_t plane = (at_once ? 1 : tiles) * path.tile_rows * ldc;  // one for each open node of the tree
+    const int64_t plane = (at_once ? 1 : tiles) * path.tile_rows * ldc;  // one for each sum that waits
     float* sums = reinterpret_cast<float*>(scratch<1>(plane * kPlanes));
-    const int64_t x_tile = path.tile_rows * units_of_block * (path.mode == kPairs ? 2 : 1);
+    const int64_t x_tile = path.tile_rows * most_units * (path.mode == kPairs ? 2 : 1);
     uint32_t* x = scratch<2>(tiles * x_tile);
-    for (int64_t leaf = 0; leaf < kLeaves; leaf++) {
-      float* sum = sums + __builtin_popcountll(leaf) * plane;
-      for (int64_t u = 0; u < depth.units; u += units_of_block) {
-        const bool last = u + units_of_block >= depth.units;
-        const int64_t size = std::clamp<int64_t>(
-            depth.leaf_size(leaf) - u * depth.per_unit, 0, units_of_block * depth.per_unit);
-        // Only AMX takes the zeros too.
-        const int64_t units = path.mode == kAmxTiles ? std::min(units_of_block, depth.units - u)
-                                                     : ceil_div(size, depth.per_unit);
+    for (const Slice& s : slices) {
+      for (int64_t t = 0; t < tiles; t++) pack_rows(rows_of(t), s, x + t * x_tile);
+      float* leaf_sums = sums + __builtin_popcountll(s.leaf) * plane;
+      for (int64_t g = q; g < end; g += group) {
+        const int64_t panels = std::min(group, end - g);
+        const Panels right = panels_of(w + (g - q) * depth.panel(), panels, s);
         for (int64_t t = 0; t < tiles; t++) {
-          const int64_t k = leaf * depth.leaf + u * depth.per_unit;
-          const T* from = (const T*)p.x + rows_of(t).begin * p.x_stride + k;
-          pack_rows(from, size, rows_of(t).count(), units, x + t * x_tile);
-        }
-        for (int64_t g = q; g < end; g += group) {
-          const int64_t panels = std::min(group, end - g);
-          const Panels right = panels_of(w + (g - q) * depth.panel() + (leaf * depth.units + u) * kColumns, panels, units);
-          for (int64_t t = 0; t < tiles; t++) {
-            const int64_t place = at_once ? 0 : t * path.tile_rows * ldc + (g - q) * kColumns;
-            const Rows r = rows_of(t);
-            right.tiles[r.count()](
-                x + t * x_tile, right.w, right.stride, panels, right.units, sum + place, ldc, u == 0);
-            if (!last) continue;
-            add_leaves(leaf, sum + place, plane, r.count(), panels * kColumns, ldc);
-            if (leaf == kLeaves - 1) finish(sums + place, ldc, r, g * kColumns, panels * kColumns);
-          }
+          const Rows r = rows_of(t);
+          const int64_t place = at_once ? 0 : t * path.tile_rows * ldc + (g - q) * kColumns;
+          float* c = leaf_sums + place;
+          right.tiles[r.count()](x + t * x_tile, right.w, right.stride, panels, right.units, c, ldc, s.first);
+          if (!s.last) continue;
+          add_leaves(s.leaf, c, plane, r.count(), panels * kColumns, ldc);
+          if (s.leaf == kLeaves - 1) finish(sums + place, ldc, r, g * kColumns, panels * kColumns);
         }
       }
     }
   }
 
-  void pack_rows(const T* from, int64_t size, int64_t count, int64_t units, uint32_t* x) {
+  void pack_rows(Rows rows, const Slice& s, uint32_t* x) {
+    const T* from = (const T*)p.x + rows.begin * p.x_stride + s.k;
     if (path.mode == kAmxTiles) {
-      const int64_t padded = ceil_div(count, 16) * 16;
-      for (int64_t r = 0; r < padded; r++) {
-        const int64_t filled = r < count ? size : 0;
-        for (int64_t u = 0; u < units; u += kAlign) {
-          char* to = reinterpret_cast<char*>(x + r / 16 * 16 * units + u * 16 + r % 16 * kAlign);
-          const int64_t bytes = std::clamp<int64_t>((filled - u * 2) * 2, 0, kAlign * 4);
-          std::memcpy(to, from + r * p.x_stride + u * 2, bytes);
-          std::memset(to + bytes, 0, kAlign * 4 - bytes);
+      for (int64_t r = 0; r < ceil_div(rows.count(), 16) * 16; r++) {
+        for (int64_t u = 0; u < s.units; u += kAlign) {
+          char* to = reinterpret_cast<char*>(x + r / 16 * 16 * s.units + u * 16 + r % 16 * kAlign);
+          const int64_t numbers = r < rows.count() ? std::clamp<int64_t>(s.size - u * 2, 0, kAlign * 2) : 0;
+          std::memcpy(to, from + r * p.x_stride + u * 2, numbers * 2);
+          std::memset(to + numbers * 2, 0, kAlign * 4 - numbers * 2);
         }
       }
     } else if (path.mode == kPairs) {
+      const int64_t count = rows.count();
       float* to = reinterpret_cast<float*>(x);
       for (int64_t r = 0; r < count; r++) {
-        for (int64_t k = 0; k < size; k++) to[k * count + r] = widen(from[r * p.x_stride + k]);
-        if (size % 2) to[size * count + r] = 0;
+        for (int64_t k = 0; k < s.size; k++) to[k * count + r] = widen(from[r * p.x_stride + k]);
+        if (s.size % 2) to[s.size * count + r] = 0;
       }
     } else {
-      pack(from, 1, p.x_stride, size, count, units, x, count);
+      pack(from, 1, p.x_stride, s.size, rows.count(), s.units, x, rows.count());
     }
   }
 
@@ -176,12 +186,13 @@ class Part {
   };
 
   // What tiles read: w as it is packed, or, for many rows, bf16 made fp32 once for all of them.
-  Panels panels_of(const uint32_t* w, int64_t panels, int64_t units) {
-    if (path.mode != kPairs || few) return {w, depth.panel(), units, path.tiles};
-    const int64_t stride = 2 * units * kColumns;
+  Panels panels_of(const uint32_t* w, int64_t panels, const Slice& s) {
+    w += (s.leaf * depth.units + s.unit) * kColumns;
+    if (path.mode != kPairs || few) return {w, depth.panel(), s.units, path.tiles};
+    const int64_t stride = 2 * s.units * kColumns;
     uint32_t* wide = scratch<3>(panels * stride);
     for (int64_t panel = 0; panel < panels; panel++) {
-      for (int64_t u = 0; u < units; u++) {
+      for (int64_t u = 0; u < s.units; u++) {
         const uint32_t* pairs = w + panel * depth.panel() + u * kColumns;
         uint32_t* to = wide + panel * stride + 2 * u * kColumns;
 #pragma omp simd
@@ -190,7 +201,7 @@ class Part {
         for (int64_t c = 0; c < kColumns; c++) to[kColumns + c] = pairs[c] & 0xffff0000u;
       }
     }
-    return {wide, stride, 2 * units, path_of(isa, false).tiles};
+    return {wide, stride, 2 * s.units, path_of(isa, false).tiles};
   }
 
   // After `leaf`, whose sums are the last plane: adds the last two planes while they are sums of as many leaves.
@@ -221,7 +232,8 @@ class Part {
   const Depth depth;
   const int isa;
   bool few;
-  int64_t group, units_of_block;
+  int64_t group, most_units;
+  std::vector<Slice> slices;
 };
 
 // How many parts rows and panels are cut into: the largest part's time, with its share of packing, decides.
@@ -230,7 +242,8 @@ inline std::pair<int64_t, int64_t> grid(const Product& p, int64_t threads) {
   std::pair<int64_t, int64_t> best;
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t by_rows = 1; by_rows <= threads; by_rows++) {
-    const int64_t rows = ceil_div(p.m, by_rows), columns = ceil_div(ceil_div(p.n, kColumns), threads / by_rows) * kColumns;
+    const int64_t rows = ceil_div(p.m, by_rows);
+    const int64_t columns = ceil_div(ceil_div(p.n, kColumns), threads / by_rows) * kColumns;
     const int64_t time = (rows + kPackColumns) * (columns + kPackRows);
     if (time < least) least = time, best = {by_rows, threads / by_rows};
   }

@@ -33,7 +33,6 @@ struct Path {
 #define RL_END RL_PRAGMA(GCC pop_options)
 #endif
 
-#if defined(__x86_64__)
 RL_BEGIN("avx2,fma")
 namespace avx2 {
 #define RL_LANES 8
@@ -92,4 +91,3 @@ constexpr Path kBf16Paths[] = {
 inline const Path& path_of(int isa, bool is_bf16) {
   return is_bf16 ? kBf16Paths[isa] : kFp32Paths[std::min<int>(isa, kAvx512)];
 }
-#endif

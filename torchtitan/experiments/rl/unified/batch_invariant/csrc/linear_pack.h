@@ -82,8 +82,9 @@ void pack_columns(
     const int64_t columns = std::min(end, (n / kColumns + 1) * kColumns) - n;
     uint32_t* panel = packed + n / kColumns * depth.panel() + n % kColumns;
     for (int64_t leaf = 0; leaf < kLeaves; leaf++) {
-      pack(w + (n - begin) * n_stride + leaf * depth.leaf * k_stride, k_stride, n_stride, depth.leaf_size(leaf), columns,
-           depth.units, panel + leaf * depth.units * kColumns, kColumns);
+      const T* from = w + (n - begin) * n_stride + leaf * depth.leaf * k_stride;
+      uint32_t* to = panel + leaf * depth.units * kColumns;
+      pack(from, k_stride, n_stride, depth.leaf_size(leaf), columns, depth.units, to, kColumns);
     }
     n += columns;
   }

@@ -25,16 +25,18 @@
 #include <torch/csrc/autograd/node.h>
 #include <torch/library.h>
 
-#if defined(__x86_64__)
+#if !defined(__x86_64__)
+#error "batch-invariant products need an x86-64 CPU"
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
-#endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -112,18 +114,18 @@ at::Tensor bmm_rows(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
-void check_packed(const at::Tensor& packed, at::ScalarType dtype, int64_t k, int64_t n) {
+// Words of a packed weight [n, k].
+int64_t packed_size(int64_t n, int64_t k, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(
       dtype == at::kFloat || dtype == at::kBFloat16, "packed weights are float32 or bfloat16, not ", dtype);
-  const int64_t words = ceil_div(n, kColumns) * Depth(k, dtype == at::kBFloat16).panel();
+  return ceil_div(n, kColumns) * Depth(k, dtype == at::kBFloat16).panel();
+}
+
+void check_packed(const at::Tensor& packed, at::ScalarType dtype, int64_t k, int64_t n) {
+  const int64_t words = packed_size(n, k, dtype);
   TORCH_CHECK_VALUE(
       packed.scalar_type() == at::kInt && packed.is_contiguous() && packed.numel() == words,
       "no packed weight of ", n, " x ", k, " in ", dtype, ": it is ", words, " contiguous int32");
-}
-
-// Words of a packed weight [n, k].
-int64_t packed_size(int64_t n, int64_t k, at::ScalarType dtype) {
-  return ceil_div(n, kColumns) * Depth(k, dtype == at::kBFloat16).panel();
 }
 
 // Writes `weight` [rows, k] as rows `offset` and following of a packed weight of n rows.
@@ -148,7 +150,8 @@ void pack_weight(at::Tensor packed, int64_t n, int64_t offset, const at::Tensor&
 }
 
 // x [.., k] @ weight.T + bias, the weight [n, k] packed.
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& packed, int64_t n, const std::optional<at::Tensor>& bias) {
+at::Tensor packed_linear(
+    const at::Tensor& input, const at::Tensor& packed, int64_t n, const std::optional<at::Tensor>& bias) {
   const int64_t k = input.size(-1);
   check_packed(packed, input.scalar_type(), k, n);
   auto sizes = input.sizes().vec();
