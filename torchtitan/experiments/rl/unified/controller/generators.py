@@ -50,7 +50,7 @@ class Replica:
         self._procs = self.host.spawn_procs(per_host={"ranks": 1}, name=self.name, proc_bind=binding)
         self._actor = self._procs.spawn(self.name, GeneratorActor, self.config, self.first_gpu)
         limit = self.config.comm.init_timeout_seconds
-        await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
+        self.arithmetic = await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
         if self._update is not None:
             await self._fetch()
 

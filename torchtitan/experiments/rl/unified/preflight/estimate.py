@@ -223,6 +223,7 @@ def _generators(config: JobConfig, parameters: int) -> list[ProcessGroup]:
     memory = {
         "libraries": BASE_BYTES["generator"],
         "weights": weights,
+        "packed weights": weights if this_device().in_host_memory and config.parity.check != "off" else 0,
         "KV cache": int(generator.kv_cache_gib * GIB),
     }
     threads, here = _threads(generator.num_threads, generator.cores, ranks), not config.cluster.generators
@@ -266,7 +267,8 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{model_of_job(config).family.name} {config.model.flavor or 'of ' + config.model.hf_assets_path}, {parameters:,} parameters, {rl.mode} mode, on the {device}",
+            f"{model_of_job(config).family.name} of {config.model.hf_assets_path}, {parameters:,} parameters, {rl.mode} "
+            f"mode, on the {device}",
         ),
         ("a step", f"{rl.prompts_per_step} prompts x {rl.group_size} completions = {completions} completions"),
         (
@@ -280,7 +282,8 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
         ("a microbatch", f"at most {rl.microbatch_tokens:,} tokens of one trainer rank"),
         (
             "steps",
-            f"{config.training.steps:,}, generators work {steps_ahead(config)} ahead; parity check: {config.parity.check}",
+            f"{config.training.steps:,}, generators work {steps_ahead(config)} ahead; parity check: "
+            f"{config.parity.check}",
         ),
         ("checkpoints", saved),
         ("outputs", config.job.dump_folder),
