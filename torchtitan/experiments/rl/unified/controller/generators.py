@@ -128,7 +128,7 @@ class Generators:
         return [trajectory for part in parts for trajectory in part]
 
     async def update_weights(self, update: WeightUpdate) -> float:
-        """Brings the weights of `update` to every engine; returns the share of them that changed. Errors as Replica's."""
+        """Brings the weights of `update` to every engine; returns the share that changed. Errors as Replica's."""
         results = await asyncio.gather(*(replica.update_weights(update) for replica in self.replicas))
         return max(result.changed for result in results)
 

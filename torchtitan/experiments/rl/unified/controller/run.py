@@ -10,9 +10,9 @@ import logging
 
 from torchtitan.experiments.rl.unified.config.derived import steps_ahead
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.controller.hosts import one_arithmetic
 from torchtitan.experiments.rl.unified.controller.loops import generate, train
 from torchtitan.experiments.rl.unified.controller.queue import Batch, TrajectoryQueue
-from torchtitan.experiments.rl.unified.controller.trainer_mesh import one_arithmetic
 from torchtitan.experiments.rl.unified.errors import TrainerLost, WeightTransferError
 from torchtitan.experiments.rl.unified.messages import Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start

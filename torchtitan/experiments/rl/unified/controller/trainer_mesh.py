@@ -13,29 +13,10 @@ from monarch.spmd import setup_torch_elastic_env_async
 from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.controller.calls import answer, stop
-from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores
-from torchtitan.experiments.rl.unified.errors import ParityError, ProcessLost, TrainerLost
+from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores, one_arithmetic
+from torchtitan.experiments.rl.unified.errors import ProcessLost, TrainerLost
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.trainer.actor import TrainerActor
-
-
-def one_arithmetic(found: dict[str, str]) -> str:
-    """What all processes compute by.
-
-    Args:
-        found: by the process's name, see `Device.arithmetic`.
-
-    Raises:
-        ParityError: names two that differ.
-    """
-    (first, one), *others = found.items()
-    for name, other in others:
-        if other != one:
-            raise ParityError(
-                f"{first} computes by {one}, {name} by {other}: their log-probs would differ. Run both on machines of "
-                "one kind, or cap the better one with RL_CPU_ISA"
-            )
-    return one
 
 
 class TrainerMesh:

@@ -30,7 +30,7 @@ class TrainerActor(Actor):
 
     @endpoint
     def setup(self) -> tuple[int, dict[str, Any], str]:
-        """Builds the trainer and loads its state; returns the step it stands at, the task's state and the arithmetic."""
+        """Builds the trainer and loads its state; returns its step, the task's state there and its arithmetic."""
         prepare_environment()
         torch.set_num_threads(self.config.trainer.num_threads or threads_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
         this_device().prepare_trainer()

@@ -153,7 +153,7 @@ def _already_on() -> None:
 
 
 def _use_torch_linear(layer: nn.Module, remove_weight: bool) -> None:
-    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: computes from the weight itself, which stays, or this package's packed copy of it."""
+    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: from the weight itself, or our packed copy of it."""
     if os.environ.get("VLLM_BATCH_INVARIANT") != "1":
         layer.cpu_linear = nn.functional.linear
         return
