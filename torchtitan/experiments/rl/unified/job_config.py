@@ -44,7 +44,7 @@ class RL:
 
     truncated_completions: Literal["train", "mask", "zero_reward"] = "train"
     """What to do with completions cut off at sampling.max_tokens: train on them like on others, keep their tokens out
-    of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0"""
+    of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0 at most"""
 
     log_samples: int = 6
     """Completions a step written to samples.jsonl: in turn the best, the worst and a truncated one"""
