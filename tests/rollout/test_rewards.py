@@ -141,9 +141,10 @@ def test_gsm8k_names_a_reference_without_a_number():
 
 
 def test_references_without_a_number_are_found_beforehand():
-    with pytest.raises(ValueError, match="row 2: the reference answer 'Paris'"):
-        Rewards({"gsm8k": 1.0}, 1.0).check_answers(["18", "so\n#### 1,000", "Paris"])
-    Rewards({"math_verify": 1.0}, 1.0).check_answers(["Paris"])
+    answers = [("a, line 1", "18"), ("a, line 2", "so\n#### 1,000"), ("a, line 4", "Paris")]
+    with pytest.raises(ValueError, match="a, line 4: the reference answer 'Paris'"):
+        Rewards({"gsm8k": 1.0}, 1.0).check_answers(answers)
+    Rewards({"format": 1.0}, 1.0).check_answers(answers)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,10 @@ class RL:
 @dataclass
 class Data:
     question_column: str = "question"
-    """Column of the dataset that holds the problem"""
+    """Column of the dataset that holds the problem: text, or a list of messages. "a.b" is the field b of column a"""
 
     answer_column: str = "answer"
-    """Column that holds the reference answer"""
+    """Column that holds the reference answer, text or a number; likewise"""
 
     overlong_prompts: Literal["drop", "error"] = "error"
     """What to do with a prompt that leaves no room for sampling.max_tokens: drop and count it, or stop"""
@@ -70,6 +70,9 @@ class Data:
 
     template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """More arguments of the tokenizer's chat template, such as Qwen3's enable_thinking"""
+
+    special_tokens_in_text: bool = False
+    """The name of a special token in a question or in system_prompt is that token; else it is text, as all the rest"""
 
 
 @dataclass
@@ -286,7 +289,7 @@ def load_job_config(args: list[str]) -> JobConfig:
         default = "qwen3_0.6b_unified.toml" if torch.cuda.is_available() else "debug_cpu.toml"
         args = ["--job.config_file", str(TRAIN_CONFIGS / default), *args]
     _check_file(args)
-    config = manager.parse_args(args)
+    config = manager.parse_args(_python_booleans(args))
     config.job.config_file, config.job.custom_config_module = None, MODULE
     for section, key in PATHS:
         if path := getattr(getattr(config, section), key):
@@ -308,8 +311,18 @@ def write_toml(config: JobConfig, path: Path) -> None:
 
 def resolve_path(path: str) -> str:
     """Absolute `path`; a relative one that is not below the working directory is looked for in the repository."""
+    path = os.path.expanduser(path)
     in_repository = REPOSITORY / path
     return os.path.abspath(path if os.path.exists(path) or not in_repository.exists() else in_repository)
+
+
+def _python_booleans(args: list[str]) -> list[str]:
+    """`args` with TOML's true and false among --data.template_kwargs, whose values may be text, as the parser wants."""
+    changed, within = [], False
+    for arg in args:
+        within = arg.replace("-", "_") == "__data.template_kwargs" if arg.startswith("--") else within
+        changed.append(arg.capitalize() if within and arg in ("true", "false") else arg)
+    return changed
 
 
 def _without_none(value: Any) -> Any:

@@ -233,6 +233,7 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
             long_prompts=config.data.overlong_prompts,
             system_prompt=config.data.system_prompt,
             template_kwargs=config.data.template_kwargs,
+            special_tokens_in_text=config.data.special_tokens_in_text,
         )
     except ValueError as error:
         if "longer than" in str(error):

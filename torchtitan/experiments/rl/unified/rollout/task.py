@@ -53,7 +53,7 @@ class Task:
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
         self.rewards = preflight.load_rewards(config)
         self.prompts = preflight.load_prompts(config)
-        self.rewards.check_answers([prompt.answer for prompt in self.prompts.prompts])
+        self.rewards.check_answers((prompt.place, prompt.answer) for prompt in self.prompts.prompts)
         self._start = self.prompts.state_dict()
         self._prompts = {prompt.row: prompt for prompt in self.prompts.prompts}
 

@@ -80,14 +80,21 @@ class Rewards:
         """Samples so far that got 0 from "math_verify" because it was not done with them in time."""
         return sum(reward.timeouts for reward in self._rewards.values() if isinstance(reward, MathVerify))
 
-    def check_answers(self, answers: Iterable[str]) -> None:
-        """Raises ValueError for the first reference answer that no completion could match, naming its row (from 0)."""
+    def check_answers(self, answers: Iterable[tuple[str, str]]) -> None:
+        """Each reference answer can be matched by some completion.
+
+        Args:
+            answers: where each is (file and line), and the answer.
+
+        Raises:
+            ValueError: names the first that no completion could match.
+        """
         if "gsm8k" not in self.weights:
             return
-        for row, answer in enumerate(answers):
+        for place, answer in answers:
             if not reference_values(answer):
                 raise ValueError(
-                    f"row {row}: the reference answer {answer[-80:]!r} has no number that the reward 'gsm8k' could "
+                    f"{place}: the reference answer {answer[-80:]!r} has no number that the reward 'gsm8k' could "
                     "compare with; correct the row, or choose another reward in [reward.weights]"
                 )
 
