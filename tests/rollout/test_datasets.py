@@ -140,11 +140,11 @@ def with_template(tmp_path):
 
 @pytest.mark.parametrize("value, thinks", [("True", True), ("true", True), ("False", False), ("false", False)])
 def test_the_template_gets_its_arguments_from_the_job_config(with_template, ten_rows, value, thinks):
-    flags = with_template("{% if enable_thinking is true %}<think>{% endif %}{{ messages[-1].content }}")
+    flags = with_template("{{ messages[-1].content }} {{ enable_thinking is true }} {{ enable_thinking is false }}")
     flags += ["--training.dataset_path", ten_rows, "--data.template_kwargs", "enable_thinking", value]
-    flags += ["--data.answer_column", "answer"]
+    flags += ["--data.answer_column", "answer"]  # What comes after is another key's.
     text = load_prompts(load_job_config(flags)).prompts[1].text
-    assert text == f"{'<think>' if thinks else ''}What is 1 more than 1?"
+    assert text == f"What is 1 more than 1? {thinks} {not thinks}"
 
 
 def test_other_arguments_keep_what_they_are(with_template, ten_rows):
