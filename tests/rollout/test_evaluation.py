@@ -106,7 +106,7 @@ def no_numbers(tmp_path: Path) -> list[str]:
         (lambda t: ["--evaluation.interval", "-1"], "must not be negative"),
         (lambda t: ["--evaluation.reward", "gsm9k"], "'gsm9k' does not exist; choose from gsm8k"),
         (one_file, r"rows.jsonl is what the job trains on; give held-out rows"),
-        (no_numbers, "row 0: the reference answer 'two' has no number"),
+        (no_numbers, "rows.jsonl, line 1: the reference answer 'two' has no number"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, flags, complaint):
