@@ -5,6 +5,7 @@
 
 """The controller's side of all trainer ranks."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ class TrainerMesh:
         await setup_torch_elastic_env_async(self._procs)
         self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
         limit = self.config.comm.init_timeout_seconds
-        return _rank0(await self._call(self._actors.setup.call(), "the trainer to start", limit))
+        started = _rank0(await self._call(self._actors.setup.call(), "the trainer to start", limit))
+        # Started again it goes on from what this run has saved since, not from the step that the run began with.
+        self.config = replace(self.config, checkpoint=replace(self.config.checkpoint, load_step=-1))
+        return started
 
     async def step(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> list[Any]:
         """One optimizer step; returns each rank's trainer.StepResult."""
