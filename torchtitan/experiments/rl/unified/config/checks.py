@@ -133,6 +133,8 @@ def _checkpoint(config: Any) -> Iterator[str]:
     settings = config.checkpoint
     if settings.enable and settings.last_save_in_hf and not settings.last_save_model_only:
         yield "[checkpoint] last_save_in_hf holds weights alone: set last_save_model_only = true too"
+    if settings.load_step != -1 and not settings.enable:
+        yield f"[checkpoint] load_step {settings.load_step} takes enable = true: without it nothing is looked for"
 
 
 def _recomputation(config: Any) -> Iterator[str]:

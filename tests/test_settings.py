@@ -1,0 +1,142 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Every key of the job config: honoured or refused by name, held to its range, and decided upon on a resume."""
+
+import functools
+import json
+import re
+import typing
+from pathlib import Path
+from types import UnionType
+
+import pytest
+from torchtitan.experiments.rl.unified import config as config_room
+from torchtitan.experiments.rl.unified.config.checks import CHECKS
+from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
+from torchtitan.experiments.rl.unified.config.schema import keys_of, numbers
+from torchtitan.experiments.rl.unified.config.sections import Sections
+from torchtitan.experiments.rl.unified.preflight import check
+from transformers import AutoTokenizer
+
+KEYS = keys_of(JobConfig)
+OWN = keys_of(Sections)
+PACKAGE = Path(config_room.__file__).parents[1]
+
+
+def named(path: str, table) -> list[str]:
+    """The entries of a table of keys and sections that stand for `path`."""
+    return [name for name in table if path == name or path.startswith(f"{name}.")]
+
+
+def test_each_key_of_torchtitans_is_honoured_or_refused():
+    honoured = {f"{section}.{key}" for section, keys in HONOURED.items() for key in keys}
+    undecided = [p for p in KEYS if p not in OWN and (p in honoured) + len(named(p, REFUSED)) != 1]
+    assert undecided == []
+    assert honoured <= KEYS.keys() and all(any(named(path, [name]) for path in KEYS) for name in REFUSED)
+    assert SAME.keys() <= REFUSED.keys() and set(REQUIRED) <= KEYS.keys() and TORCHTITAN.keys() <= honoured
+
+
+def test_each_key_of_our_own_is_read():
+    code = "\n".join(
+        file.read_text(encoding="utf-8")
+        for file in PACKAGE.rglob("*.py")
+        if file.name not in ("sections.py", "keys.py")
+    )
+    assert [path for path in OWN if not re.search(rf"\.{path.split('.')[-1]}\b", code)] == []
+
+
+def test_a_resume_decides_about_each_key():
+    honoured = [path for path, key in KEYS.items() if not key.refused]
+    assert [path for path in honoured if len(named(path, FIXED)) + len(named(path, APPLIED)) != 1] == []
+    assert all(any(named(path, [name]) for path in honoured) for name in (*FIXED, *APPLIED))
+
+
+def test_what_a_check_reads_are_keys():
+    assert all(any(path.startswith(prefix) for path in KEYS) for reads in CHECKS.values() for prefix in reads)
+
+
+def another(key) -> str | None:
+    """A value as a word that is of the key's type and not its default; None for a type that words cannot give."""
+    hint = key.hint
+    if typing.get_origin(hint) in (UnionType, typing.Union):
+        hint = next((part for part in typing.get_args(hint) if part is str), typing.get_args(hint)[0])
+    if typing.get_origin(hint) is typing.Literal:
+        return next((choice for choice in typing.get_args(hint) if choice != key.default), None)
+    if typing.get_origin(hint) is list:
+        return '[["a"]]' if typing.get_args(hint)[0] is not str else "a"
+    return {bool: str(not key.default).lower(), int: "7", float: "0.7", str: "other"}[hint]
+
+
+def test_a_refused_key_is_refused_by_name_unless_it_has_its_default():
+    for path, key in KEYS.items():
+        if key.refused and (word := another(key)) is not None:
+            with pytest.raises(ValueError, match=rf"^--{path} = .*, which this trainer does not honour: [\w-]+"):
+                load_job_config([f"--{path}={word}"])
+    defaults = [f"--{p}={k.default}" for p, k in KEYS.items() if k.refused and isinstance(k.default, (bool, int, str))]
+    assert len(defaults) > 40
+    load_job_config(defaults)
+    load_job_config(["--metrics.log_freq", "1"])
+
+
+def test_defaults_are_in_their_ranges():
+    out = [p for p, key in KEYS.items() if key.range and any(n not in key.range for n in numbers(key.default))]
+    assert out == []
+
+
+# What a number means where it is not the usual thing, and is fine: "off", "all", "any", or a bound that never binds.
+FINE = {
+    "optimizer.lr": ("0",),  # The policy stays as it is; there is a warning.
+    "optimizer.beta1": ("0",),
+    "optimizer.beta2": ("0",),
+    "optimizer.weight_decay": ("0",),
+    "lr_scheduler.warmup_steps": ("0",),
+    "lr_scheduler.decay_ratio": ("0",),
+    "checkpoint.keep_latest_k": ("0",),
+    "comm.trace_buf_size": ("0",),
+    "debug.seed": ("0",),
+    "rl.log_samples": ("0",),
+    "policy_loss.clip_low": ("0",),
+    "policy_loss.clip_high": ("0",),
+    "supervision.max_restarts": ("0",),
+    "reward.weights": ("-1",),  # A penalty.
+    # A number as a template's argument is the template's business.
+    "data.template_kwargs": ("-1", "0", "1e30"),
+}
+
+
+@pytest.fixture
+def small_job(tmp_path, monkeypatch) -> list[str]:
+    """Flags of a job whose preflight takes a moment: few rows, and a tokenizer that is read once."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "What is 1 plus 1?", "answer": "#### 2"}) + "\n", encoding="utf-8")
+    flags = ["--training.dataset=local", f"--training.dataset_path={rows}", f"--evaluation.dataset_path={rows}"]
+    return [*flags, f"--job.dump_folder={tmp_path / 'run'}"]
+
+
+def is_numeric(hint) -> bool:
+    return hint in (int, float) or any(is_numeric(part) for part in typing.get_args(hint))
+
+
+def test_a_number_that_means_nothing_is_refused_before_anything_starts(small_job):
+    """Every numeric key at five odd values, through all that is looked at before a process is spawned."""
+    accepted: dict[str, list[str]] = {}
+    for path, key in KEYS.items():
+        if not is_numeric(key.hint):
+            continue
+        entry = {"reward.weights": ".gsm8k", "data.template_kwargs": ".x"}.get(path, "")
+        for word in ("-1", "0", "nan", "inf", "1e30"):
+            if word in (str(key.default), f"[{key.default}]") or (key.default == 0 and word == "0"):
+                continue
+            try:
+                check(load_job_config([*small_job, f"--{path}{entry}={word}"])).close()
+            except ValueError as error:
+                assert str(error)
+            else:
+                accepted.setdefault(path, []).append(word)
+    assert accepted == {path: list(words) for path, words in FINE.items()}
