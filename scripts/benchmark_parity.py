@@ -25,11 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from random_checkpoint import RANDOM, write_random_checkpoint
+from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec, replace_inner_attention
-from torchtitan.experiments.rl.unified.families.qwen3 import TINY_QWEN3
+from torchtitan.experiments.rl.unified.families import policy_train_spec
+from torchtitan.experiments.rl.unified.families.base import replace_inner_attention
+from torchtitan.experiments.rl.unified.families.qwen3 import TINY
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention, StockAttention
 
@@ -56,9 +57,9 @@ def job(folder: Path, args: argparse.Namespace, parity: str) -> JobConfig:
     model = MODEL
     if args.flavor:
         flavor = policy_train_spec("qwen3").model_args[args.flavor]
-        model = {name: getattr(flavor, name) for name in TINY_QWEN3}
-    write_random_checkpoint(folder / "model", "random", {**model, "max_seq_len": 1024})
-    config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, "random", str(folder / "model")
+        model = {name: getattr(flavor, name) for name in TINY}
+    write_random_checkpoint(folder / "model", {**model, "max_seq_len": 1024})
+    config.model.hf_assets_path = str(folder / "model")
     return config
 
 

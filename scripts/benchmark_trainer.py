@@ -25,7 +25,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from random_checkpoint import RANDOM, write_random_checkpoint
+from random_checkpoint import write_random_checkpoint
 from torch.nn import functional
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
@@ -44,8 +44,8 @@ def job(folder: Path, dim: int, layers: int) -> JobConfig:
     flags += ["--rl.microbatch_tokens", str(MICROBATCH_TOKENS), "--training.steps", "100000"]
     config = load_job_config([*flags, "--job.dump_folder", str(folder / "out")])
     shape = {"dim": dim, "n_layers": layers, "n_heads": dim // 64, "n_kv_heads": dim // 128, "head_dim": 64}
-    write_random_checkpoint(folder / "model", "random", {**shape, "hidden_dim": 3 * dim, "max_seq_len": 1024})
-    config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, "random", str(folder / "model")
+    write_random_checkpoint(folder / "model", {**shape, "hidden_dim": 3 * dim, "max_seq_len": 1024})
+    config.model.hf_assets_path = str(folder / "model")
     return config
 
 
@@ -158,7 +158,7 @@ def main() -> None:
         tokens = sum(microbatch.tokens.numel() for microbatch in packed)
 
         def padded_step() -> None:
-            with patch.multiple(trainer_module, plan=padded_plan, pack=padded_pack):
+            with patch.multiple(trainer_module, assign_microbatches=padded_plan, pack=padded_pack):
                 trainer.step_on(trajectories, advantages)
 
         steps = {

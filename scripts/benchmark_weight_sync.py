@@ -35,7 +35,7 @@ from torch.nn import Parameter
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.messages import TensorSpec, WeightUpdate
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.experiments.rl.unified.weights.checksum import checksum

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, trainers
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.families.base import hf_config, register_train_specs
+from torchtitan.experiments.rl.unified.families import family
 from torchtitan.experiments.rl.unified.rollout.datasets import load_local, PromptDataset
 from torchtitan.protocols.model import BaseModelArgs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -86,12 +86,11 @@ def write_configs(out: Path, model_args: BaseModelArgs, tokenizer: PreTrainedTok
     ends["pad_token_id"] = tokenizer.pad_token_id
     config = {
         "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
         "torch_dtype": "float32",
         "hidden_act": "silu",
         "attention_bias": False,
         "max_position_embeddings": model_args.max_seq_len,
-        **hf_config(model_args),
+        **family("qwen3").to_hf(model_args),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
@@ -122,7 +121,7 @@ def train(out: Path, data: Path, steps: int, learning_rate: float, seed: int) ->
     with tempfile.TemporaryDirectory() as dump_folder:
         settings = {
             "job.dump_folder": dump_folder,
-            "model.name": "qwen3",
+            "model.name": "tiny_qwen3",
             "model.flavor": "tiny",
             "model.hf_assets_path": str(out),
             "training.dataset": "gsm8k_tiny_chat",
@@ -178,10 +177,11 @@ def main() -> None:
     args = parser.parse_args()
 
     if not args.evaluate:
-        from torchtitan.protocols.train_spec import get_train_spec
+        from torchtitan.protocols.train_spec import register_train_spec
 
-        register_train_specs()
-        model_args = get_train_spec("qwen3").model_args["tiny"]
+        spec = family("qwen3").upstream_spec()
+        register_train_spec("tiny_qwen3", spec)
+        model_args = spec.model_args["tiny"]
         args.out.mkdir(parents=True, exist_ok=True)
         texts = [f"{row['question']}\n{row['answer']} user assistant system" for row in load_local(args.data, "train")]
         write_tokenizer(args.out, texts, model_args.vocab_size)

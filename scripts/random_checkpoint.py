@@ -13,27 +13,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torchtitan.experiments.rl.unified.config.load import REPOSITORY
-from torchtitan.experiments.rl.unified.families.base import hf_config, policy_train_spec
-from torchtitan.protocols import train_spec
+from torchtitan.experiments.rl.unified.families import family
 
 TOKENIZER = REPOSITORY / "tests/assets/qwen3_tiny"
-# Name of the TrainSpec that holds the last shape written.
-RANDOM = "random_qwen3"
 
 
-def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
-    """A random Qwen3 in Hugging Face layout, and its flavor in TrainSpec `RANDOM` of this process.
+def write_random_checkpoint(folder: Path, changes: dict) -> None:
+    """A random Qwen3 in Hugging Face layout.
 
     Args:
         folder: to make.
-        flavor: name of the shape in the TrainSpec.
         changes: model args that differ from those of flavor "tiny".
     """
-    spec = policy_train_spec("qwen3")
+    qwen3 = family("qwen3")
+    spec = qwen3.train_spec()
     args = replace(spec.model_args["tiny"], **changes)
-    for registered in (RANDOM, f"{RANDOM}_policy"):  # The trainer's own entry is made from the first.
-        train_spec._extra_train_specs.pop(registered, None)
-    train_spec.register_train_spec(RANDOM, replace(spec, model_args={flavor: args}))
     torch.manual_seed(0)
     with torch.no_grad():
         model = spec.model_cls(args)
@@ -45,8 +39,8 @@ def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
     folder.mkdir()
     weights = {name: weight.contiguous() for name, weight in adapter.to_hf(model.state_dict()).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    extra = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32"}
+    extra = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "float32"}
     limits = {"max_position_embeddings": args.max_seq_len, "hidden_act": "silu"}
-    (folder / "config.json").write_text(json.dumps(hf_config(args) | extra | limits))
+    (folder / "config.json").write_text(json.dumps(qwen3.to_hf(args) | extra | limits))
     for file in TOKENIZER.glob("tokenizer*"):
         shutil.copy(file, folder / file.name)

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from random_checkpoint import RANDOM, write_random_checkpoint
+from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec, register_train_specs
-from torchtitan.experiments.rl.unified.families.qwen3 import TINY_QWEN3
+from torchtitan.experiments.rl.unified.families import policy_train_spec
+from torchtitan.experiments.rl.unified.families.qwen3 import TINY
 from torchtitan.experiments.rl.unified.generator.generator import Generator
 from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory
 from torchtitan.experiments.rl.unified.trainer.packing import pack
@@ -215,7 +215,7 @@ class Setup:
 def large_setup(flavor: str) -> Setup:
     """A random model of a flavor's shape."""
     args = policy_train_spec("qwen3").model_args[flavor]
-    model = {**{name: getattr(args, name) for name in TINY_QWEN3}, "max_seq_len": 8192}
+    model = {**{name: getattr(args, name) for name in TINY}, "max_seq_len": 8192}
     return Setup(
         flavor,
         model,
@@ -319,8 +319,8 @@ def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path):
     vocab = 512
     if setup.model is not None:
         flavor = f"{abs(hash((setup.name, mode, dtype))):x}"
-        write_random_checkpoint(folder / flavor, flavor, setup.model)
-        config.model.name, config.model.flavor, config.model.hf_assets_path = RANDOM, flavor, str(folder / flavor)
+        write_random_checkpoint(folder / flavor, setup.model)
+        config.model.hf_assets_path = str(folder / flavor)
         vocab = setup.model["vocab_size"]
     pair = Pair(config)
     for case, report in setup.cases(pair, vocab):
@@ -342,7 +342,6 @@ def main() -> int:
     # One process group of one rank, for all the trainers and engines of this process.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     this_device().prepare_trainer()
-    register_train_specs()
     start, rows = time.monotonic(), []
     print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import CheckpointError
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder, read_metadata
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.families.base import hf_config, policy_train_spec
+from torchtitan.experiments.rl.unified.families import family, policy_train_spec
 from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_steps, count_parameters, estimate_job, GIB
 from torchtitan.experiments.rl.unified.record.provenance import machine, sha256, versions
 
@@ -91,7 +91,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
 def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
     for file in (REPOSITORY / "tests/assets/qwen3_tiny").glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    shape = hf_config(policy_train_spec("qwen3").model_args["0.6B"])
+    shape = family("qwen3").to_hf(policy_train_spec("qwen3").model_args["0.6B"])
     (tmp_path / "config.json").write_text(json.dumps(shape))
     flags = ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "gsm8k_tiny"]
     config = TRAIN_CONFIGS / f"{name}.toml"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
 from torchtitan.protocols import train_spec
 

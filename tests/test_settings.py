@@ -5,22 +5,30 @@
 
 """Every key of the job config: honoured or refused by name, held to its range, and decided upon on a resume."""
 
+import copy
+import dataclasses
 import functools
 import json
 import re
+import shutil
+import tomllib
 import typing
 from pathlib import Path
 from types import UnionType
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from torchtitan.experiments.rl.unified import config as config_room
 from torchtitan.experiments.rl.unified.config.checks import CHECKS
 from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
-from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, write_toml
 from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
 from torchtitan.experiments.rl.unified.config.schema import keys_of, numbers
 from torchtitan.experiments.rl.unified.config.sections import Sections
 from torchtitan.experiments.rl.unified.preflight import check
+from torchtitan.experiments.rl.unified.preflight.model import model_of_job
+from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.record.run import RunRecord
 from transformers import AutoTokenizer
 
 KEYS = keys_of(JobConfig)
@@ -140,3 +148,83 @@ def test_a_number_that_means_nothing_is_refused_before_anything_starts(small_job
             else:
                 accepted.setdefault(path, []).append(word)
     assert accepted == {path: list(words) for path, words in FINE.items()}
+
+
+@pytest.fixture
+def run_before(tmp_path) -> list[str]:
+    """Flags of a job that goes on with a run: its config.toml and a whole checkpoint of it are there."""
+    flags = [f"--job.dump_folder={tmp_path / 'run'}", "--checkpoint.enable", "--policy_loss.kl_weight=0.1"]
+    config = load_job_config(flags)
+    state = dict(model_of_job(config).build().state_dict())
+    checkpoint = tmp_path / "run" / "checkpoint" / "step-3"
+    dcp.save(state | {"train_state": {"step": 3}}, checkpoint_id=checkpoint, no_dist=True)
+    write_toml(config, tmp_path / "run" / "config.toml")
+    return flags
+
+
+def changed(config: JobConfig, key) -> JobConfig:
+    """The config with another value for a key, of its type."""
+    section, name = key.path.split(".")
+    config = copy.deepcopy(config)
+    now = getattr(getattr(config, section), name)
+    word = another(dataclasses.replace(key, default=now)) if not isinstance(now, dict) else None
+    value = {"x": 1.0} if word is None else word
+    hint = next((part for part in (bool, int, float) if is_a(key.hint, part)), str)
+    if isinstance(now, list):
+        value = [7] if is_numeric(key.hint) else ["a"]
+    elif hint is bool:
+        value = not now
+    elif word is not None and hint is not str:
+        value = hint(word)
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+def is_a(hint, part) -> bool:
+    return hint is part or (typing.get_origin(hint) is not typing.Literal and part in typing.get_args(hint))
+
+
+def test_a_resume_applies_or_refuses_each_key(run_before):
+    """One run, and for each key a job that goes on with it and sets that key otherwise."""
+    config = load_job_config(run_before)
+    check_settings(config)
+    assert changed_settings(config) == []
+    for path, key in KEYS.items():
+        # What says where the run is, and whether there is a checkpoint to go on from, leads elsewhere.
+        if key.refused or path in ("job.dump_folder", "checkpoint.enable", "checkpoint.folder", "checkpoint.load_step"):
+            continue
+        resumed = changed(config, key)
+        if path in FIXED:
+            with pytest.raises(ValueError, match=rf"^{path} is .*, and was .*: .* Set it back, or begin another run"):
+                check_settings(resumed)
+        else:
+            check_settings(resumed)
+            told = [] if path.startswith(("job.", "checkpoint.initial_load")) else [path]
+            assert [line.split()[3] for line in changed_settings(resumed)] == told
+
+
+def test_another_tokenizer_is_allowed_without_a_reference_policy(run_before, tmp_path):
+    copied = shutil.copytree(load_job_config([]).model.hf_assets_path, tmp_path / "moved")
+    config = load_job_config([*run_before, "--policy_loss.kl_weight=0", f"--model.hf_assets_path={copied}"])
+    check_settings(config)
+    assert [line.split()[3] for line in changed_settings(config)] == ["model.hf_assets_path", "policy_loss.kl_weight"]
+
+
+def test_a_state_taken_from_another_run_is_held_to_that_runs_settings(run_before, tmp_path):
+    flags = ["--checkpoint.no_initial_load_model_only", "--rl.group_size=4", f"--job.dump_folder={tmp_path / 'other'}"]
+    flags = [*flags, f"--checkpoint.initial_load_path={tmp_path / 'run' / 'checkpoint' / 'step-3'}"]
+    with pytest.raises(ValueError, match="^rl.group_size is 4, and was 8 in the run"):
+        check_settings(load_job_config([*run_before, *flags]))
+    check_settings(load_job_config([*run_before, *flags, "--checkpoint.initial_load_model_only"]))
+
+
+def test_the_config_of_each_start_is_kept(tmp_path):
+    flags = [f"--job.dump_folder={tmp_path / 'run'}", "--metrics.no_enable_tensorboard", "--optimizer.lr"]
+    for rate in ("1e-4", "1e-5", "1e-5", "1e-6"):
+        with RunRecord(load_job_config([*flags, rate])):
+            pass
+    rates = {
+        file.name: tomllib.loads(file.read_text(encoding="utf-8"))["optimizer"]["lr"]
+        for file in (tmp_path / "run").glob("*.toml")
+    }
+    assert rates == {"config.1.toml": 1e-4, "config.2.toml": 1e-5, "config.toml": 1e-6}

@@ -15,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.rl.unified.families.base import check_checkpoint_fits, register_train_specs
+from torchtitan.experiments.rl.unified.families import family, model_of_checkpoint
 from torchtitan.models.qwen3 import qwen3_args
-from torchtitan.protocols.train_spec import get_train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +33,7 @@ def script(name: str):
 
 @pytest.fixture(scope="module")
 def spec():
-    register_train_specs()
-    register_train_specs()
-    return get_train_spec("qwen3")
+    return family("qwen3").upstream_spec()
 
 
 @pytest.fixture(scope="module")
@@ -50,42 +47,50 @@ def model(spec):
     return model
 
 
-def test_torchtitans_flavors_stay_as_they_are(spec):
-    assert {name: args for name, args in spec.model_args.items() if name != "tiny"} == qwen3_args
-    assert "tiny" not in qwen3_args
-    assert spec.model_args["0.6B"] is not qwen3_args["0.6B"]
-
-
 def test_the_checkpoint_is_small_and_fits_its_flavor(spec):
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 4 * 1024**2
-    check_checkpoint_fits(CHECKPOINT / "config.json", spec.model_args["tiny"])
+    model = model_of_checkpoint(str(CHECKPOINT), "qwen3", "tiny")
+    assert family("qwen3").to_hf(spec.model_args["tiny"]) == family("qwen3").to_hf(model.args)
 
 
-def test_the_fields_that_do_not_fit_are_named(spec, tmp_path):
-    args = dataclasses.replace(spec.model_args["tiny"], n_layers=3, rope_theta=20000)
-    with pytest.raises(ValueError) as error:
-        check_checkpoint_fits(CHECKPOINT / "config.json", args)
-    assert str(error.value).endswith(
-        "num_hidden_layers: 2 in the checkpoint, 3 in the flavor; "
-        "rope_theta: 10000 in the checkpoint, 20000 in the flavor."
-    )
+def test_torchtitans_flavors_stay_as_they_are(spec):
+    assert "tiny" not in qwen3_args
+    for name, args in qwen3_args.items():
+        ours = dataclasses.replace(spec.model_args[name], moe_args=args.moe_args)
+        assert ours == args and spec.model_args[name] is not args
 
+
+def test_the_fields_that_do_not_fit_are_named(tmp_path):
     config = json.loads((CHECKPOINT / "config.json").read_text())
-    del config["head_dim"]
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
-    with pytest.raises(ValueError, match="head_dim: missing in the checkpoint, 32 in .*; rope_scaling: .*yarn"):
-        check_checkpoint_fits(path, spec.model_args["tiny"])
-    path.write_text("{")
+
+    def error_of(changes: dict, flavor: str = "tiny", name: str = "") -> str:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v != ""}))
+        with pytest.raises(ValueError) as error:
+            model_of_checkpoint(str(tmp_path), name, flavor)
+        return str(error.value)
+
+    differences = (
+        "num_hidden_layers: 3 in the checkpoint, 2 in the flavor; rope_theta: 20000 in the checkpoint, 10000 in"
+    )
+    assert differences in error_of({"num_hidden_layers": 3, "rope_theta": 20000})
+    assert "lacks head_dim" in error_of({"head_dim": ""})
+    assert "rope_type = 'yarn'" in error_of({"rope_scaling": {"rope_type": "yarn"}})
+    assert "there are: llama, qwen3, qwen3_moe" in error_of({"model_type": "gpt2"})
+    assert "is of model_type 'qwen3': qwen3" in error_of({}, name="llama3")
+    assert "flavor 'tinny': qwen3 has" in error_of({}, flavor="tinny")
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        check_checkpoint_fits(path, spec.model_args["tiny"])
-    with pytest.raises(ValueError, match="nowhere.* does not exist"):
-        check_checkpoint_fits(tmp_path / "nowhere", spec.model_args["tiny"])
+        model_of_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="no checkpoint directory .*nowhere"):
+        model_of_checkpoint(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="config.json does not exist"):
+        model_of_checkpoint(str(tmp_path / "empty"))
 
 
-def test_a_config_as_transformers_writes_it_fits(spec, tmp_path):
+def test_a_config_as_transformers_writes_it_fits(tmp_path):
     AutoModelForCausalLM.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
-    check_checkpoint_fits(tmp_path / "config.json", spec.model_args["tiny"])
+    model_of_checkpoint(str(tmp_path), "qwen3", "tiny")
 
 
 def test_logits_are_those_of_transformers(model):
@@ -132,8 +137,8 @@ def test_it_solves_some_unseen_problems_but_not_most():
 def test_the_script_makes_a_checkpoint(spec, tmp_path):
     command = [sys.executable, ROOT / "scripts/make_tiny_checkpoint.py", "--out", tmp_path, "--steps", "3"]
     subprocess.run([*command, "--problems", "2"], check=True, capture_output=True, timeout=300)
-    check_checkpoint_fits(tmp_path / "config.json", spec.model_args["tiny"])
+    model_of_checkpoint(str(tmp_path), "qwen3", "tiny")
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_text() == (CHECKPOINT / name).read_text()
+        assert json.loads((tmp_path / name).read_text()) == json.loads((CHECKPOINT / name).read_text())
     made, stored = (load_file(place / "model.safetensors") for place in (tmp_path, CHECKPOINT))
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in stored.items()}

@@ -21,7 +21,7 @@ from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.experiments.rl.unified.messages import TensorSpec
 from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.messages import completion_seed, Request
 
 prepare_environment()

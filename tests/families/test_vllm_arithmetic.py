@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
-from torchtitan.experiments.rl.unified.families.base import hf_config, policy_train_spec, replace_inner_attention
+from torchtitan.experiments.rl.unified.families import family, policy_train_spec
+from torchtitan.experiments.rl.unified.families.base import replace_inner_attention
 from torchtitan.experiments.rl.unified.families.qwen3 import to_compat
 from torchtitan.experiments.rl.unified.families.vllm_arithmetic import AddRMSNorm, Rotate
 from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention
@@ -189,7 +190,7 @@ def write_checkpoint(folder: Path, model: Qwen3Model, dtype: str, torchtitan_nam
         "dtype": dtype,
         "max_position_embeddings": 256,
     }
-    (folder / "config.json").write_text(json.dumps(hf_config(model.model_args) | extra))
+    (folder / "config.json").write_text(json.dumps(family("qwen3").to_hf(model.model_args) | extra))
     return folder
 
 
@@ -199,7 +200,7 @@ def complete(first: Path, second: Path, dtype: str, prompts: list[list[int]]) ->
     from vllm import SamplingParams, TokensPrompt
 
     engine = build_engine(
-        str(first), mode="vllm_compat", model_name="qwen3", flavor="tiny", max_model_len=256, tensor_parallel_degree=1,
+        str(first), mode="vllm_compat", model_name="", flavor="", max_model_len=256, tensor_parallel_degree=1,
         batch_invariant=True, num_threads=2, dtype=dtype, kv_cache_memory_bytes=2**26, block_size=32,
         max_num_batched_tokens=100, max_num_seqs=16, skip_tokenizer_init=True,
     )  # fmt: skip

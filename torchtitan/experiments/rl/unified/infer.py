@@ -14,9 +14,7 @@ import sys
 
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import resolve_path
-from torchtitan.experiments.rl.unified.families.base import flavor_of_checkpoint
-
-MODEL_NAME = "qwen3"
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
 
 
 def parse_args(args: list[str]) -> argparse.Namespace:
@@ -42,10 +40,11 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         ValueError: for a checkpoint that is not there or fits no flavor, or a prompt that does not fit.
     """
     checkpoint = resolve_path(args.model_ckpt_path)
-    flavor, model_args = flavor_of_checkpoint(MODEL_NAME, checkpoint)
-    if args.tensor_parallel_size < 1 or model_args.n_kv_heads % args.tensor_parallel_size:
+    model = model_of_checkpoint(checkpoint)
+    context, kv_heads = model.args.max_seq_len, model.geometry.kv_heads
+    if args.tensor_parallel_size < 1 or kv_heads % args.tensor_parallel_size:
         raise ValueError(
-            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {model_args.n_kv_heads} "
+            f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
     from transformers import AutoTokenizer
@@ -56,11 +55,11 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
-    max_model_len = min(len(prompt_ids) + args.max_tokens, model_args.max_seq_len)
+    max_model_len = min(len(prompt_ids) + args.max_tokens, context)
     if args.max_tokens < 1 or max_model_len < len(prompt_ids) + args.max_tokens:
         raise ValueError(
             f"a prompt of {len(prompt_ids)} tokens and --max-tokens {args.max_tokens} do not fit the model's context "
-            f"of {model_args.max_seq_len}"
+            f"of {context}"
         )
 
     from torchtitan.experiments.rl.unified.generator.engine import build_engine
@@ -68,8 +67,8 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     engine = build_engine(
         checkpoint,
         mode="unified",
-        model_name=MODEL_NAME,
-        flavor=flavor,
+        model_name="",
+        flavor="",
         max_model_len=max_model_len,
         tensor_parallel_degree=args.tensor_parallel_size,
         batch_invariant=True,

@@ -224,6 +224,19 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class UpdateResult:
+    """What a generator says after a weight update.
+
+    Attributes:
+        version: that it runs now.
+        changed: share of its weights that the update changed, of a sample.
+    """
+
+    version: int
+    changed: float
+
+
+@dataclass(frozen=True)
 class WeightUpdate:
     """What a generator needs to fetch one version of the weights.
 

@@ -174,11 +174,6 @@ def _cores(config: Any) -> Iterator[str]:
 
 def _same_arithmetic(config: Any) -> Iterator[str]:
     training, degrees, engine = config.training, config.parallelism, config.generator
-    if training.mixed_precision_param != training.dtype and degrees.data_parallel_shard_degree <= 1:
-        yield (
-            f"[training] dtype {training.dtype} with mixed_precision_param {training.mixed_precision_param} takes FSDP "
-            "([parallelism] data_parallel_shard_degree above 1); without it make the two equal"
-        )
     if config.parity.check == "off":
         return
     if engine.dtype != training.mixed_precision_param:
@@ -216,8 +211,8 @@ CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
     _engine: ("generator.max_num",),
     _cores: ("trainer.cores", "generator.cores", "cluster"),
     _same_arithmetic: (
-        *("training.dtype", "training.mixed_precision_param", "generator.dtype", "parity.check"),
-        *("parallelism.data_parallel_shard", "parallelism.tensor_parallel", "generator.tensor_parallel"),
+        *("training.mixed_precision_param", "generator.dtype", "parity.check"),
+        *("parallelism.tensor_parallel", "generator.tensor_parallel"),
     ),
     _wandb: ("metrics.enable_wandb",),
 }

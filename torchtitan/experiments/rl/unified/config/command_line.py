@@ -6,7 +6,7 @@
 """What a command says of its arguments before it imports anything that takes time. Loads no torch."""
 
 import textwrap
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
 from pathlib import Path
 
 from . import sections
@@ -36,7 +36,7 @@ def check_arguments(args: list[str]) -> None:
 
 def help_text(usage: str) -> str:
     """`usage`, and every key that can be set, with its default and what it does."""
-    documents = documentation(Path(sections.__file__)) | documentation(titan_source())
+    documents = documentation(titan_source()) | documentation(Path(sections.__file__))
     lines, section = [usage], ""
     for key in keys_of(_config_class()).values():
         if key.refused:
@@ -53,7 +53,12 @@ def help_text(usage: str) -> str:
 
 
 def _config_class() -> type:
-    return make_dataclass("JobConfig", [], bases=(sections.Sections, titan_job_config()))
+    """As load.JobConfig."""
+    titan = titan_job_config()
+    model = make_dataclass("Model", [], bases=(sections.Model, type(titan().model)))
+    return make_dataclass(
+        "JobConfig", [("model", model, field(default_factory=model))], bases=(sections.Sections, titan)
+    )
 
 
 def _toml(value: object) -> str:

@@ -102,7 +102,7 @@ SAME = {
 }
 
 # A job cannot be guessed from another model's defaults.
-REQUIRED = ("model.name", "model.hf_assets_path", "training.dataset")
+REQUIRED = ("model.hf_assets_path", "training.dataset")
 
 _STATE = "the checkpoint's weights and optimizer state are of it"
 _POSITION = "the checkpoint's position is one among the prompts that it makes"
@@ -112,8 +112,6 @@ _ALGORITHM = "steps before and after would belong to two different runs"
 _REFERENCE = "with [policy_loss] kl_weight the reference policy is read from it again"
 
 FIXED = {
-    "model.name": _STATE,
-    "model.flavor": _STATE,
     "model.hf_assets_path": _REFERENCE,
     "optimizer.name": _STATE,
     "training.dtype": _STATE,
@@ -143,6 +141,8 @@ FIXED = {
 APPLIED = (
     *("job", "metrics", "checkpoint", "comm", "parallelism", "activation_checkpoint", "lr_scheduler", "parity"),
     *("evaluation", "trainer", "supervision", "cluster", "weight_sync", "reward"),
+    # Whether the checkpoint is of the model is looked up in the checkpoint.
+    *("model.name", "model.flavor"),
     *("training.dataset_path", "training.steps", "training.max_norm", "training.mixed_precision_reduce"),
     *("training.gc_freq", "training.gc_debug", "debug.deterministic", "debug.deterministic_warn_only"),
     *("optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay"),

@@ -6,16 +6,17 @@
 """The job config as the package has it: torchtitan's with this folder's sections, read, and written."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from torchtitan.config import JobConfig as TitanJobConfig
+from torchtitan.config.job_config import Model as TitanModel
 
+from . import sections
 from .parse import parse
 from .schema import build, keys_of
-from .sections import Sections
 
 MODULE = "torchtitan.experiments.rl.unified.config.load"
 
@@ -31,8 +32,15 @@ PATHS = (("model", "hf_assets_path"), ("training", "dataset_path"), ("evaluation
 
 
 @dataclass
-class JobConfig(Sections, TitanJobConfig):
+class Model(sections.Model, TitanModel):
+    """torchtitan's [model], which leaves to the checkpoint's config.json what the model is."""
+
+
+@dataclass
+class JobConfig(sections.Sections, TitanJobConfig):
     """torchtitan's JobConfig with the sections of this experiment."""
+
+    model: Model = field(default_factory=Model)
 
 
 def load_job_config(args: list[str]) -> JobConfig:

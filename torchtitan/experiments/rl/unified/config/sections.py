@@ -233,6 +233,17 @@ class Cluster:
 
 
 @dataclass
+class Model:
+    """What torchtitan's [model] is here by default."""
+
+    name: str = ""
+    """Family of the model; empty: config.json's model_type says it"""
+
+    flavor: str = ""
+    """torchtitan's name for the model's shape, to be held against config.json; empty: config.json alone says it"""
+
+
+@dataclass
 class Sections:
     """All of them, by their names in the TOML."""
 

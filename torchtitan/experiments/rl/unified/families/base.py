@@ -3,113 +3,168 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""A TrainSpec as this experiment runs it."""
+"""What a model family is, and a model of one: all that the rest of the package knows of models."""
 
 import copy
 import dataclasses
-import json
-from collections.abc import Callable
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torchtitan.experiments.rl.unified.families.qwen3 import CONFIG_FIELDS, TINY_QWEN3
-from torchtitan.protocols import train_spec as registry
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torchtitan.experiments.rl.unified.families.tensor_parallel import dense_block_plan, shard_over
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.protocols.train_spec import get_train_spec, TrainSpec
+from torchtitan.protocols.train_spec import TrainSpec
 
 
-def policy_train_spec(name: str) -> TrainSpec:
-    """The TrainSpec called `name`, with variable-length attention and model args of its own to change.
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model.
 
-    Raises:
-        ValueError: if no TrainSpec has that name, or its model has no variable-length attention.
+    Attributes:
+        layers, width, vocabulary: of the whole model.
+        heads, kv_heads, head_size: of its attention.
+        hidden: width inside an MLP, of all the experts that a token visits.
+        routed: a token visits some of many experts.
     """
-    register_train_specs()
-    spec = get_train_spec(name)
-    model_args = copy.deepcopy(dict(spec.model_args))
-    for flavor, args in model_args.items():
-        if not hasattr(args, "attn_type"):
-            raise ValueError(f"model {name} {flavor} has no attn_type: its attention cannot run on packed sequences")
-        args.attn_type, args.attn_mask_type = "varlen", "block_causal"
-    return dataclasses.replace(spec, model_args=model_args)
+
+    layers: int
+    width: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    routed: bool = False
 
 
-def flavor_of_checkpoint(name: str, checkpoint: str) -> tuple[str, BaseModelArgs]:
-    """The flavor of TrainSpec `name` that the checkpoint's config.json describes, and its model args.
+class Family(ABC):
+    """Models of one architecture: a file of this package with a FAMILY.
 
-    Raises:
-        ValueError: no such directory or config.json, or it fits no flavor; says how it differs from the nearest one.
+    The defaults are those of TorchTitan's decoder-only models: `tok_embeddings`, `layers` of `attention_norm`,
+    `attention` (`wq`, `wk`, `wv`, `inner_attention`, `wo`), `ffn_norm`, `feed_forward` (`w1`, `w2`, `w3`), then `norm`
+    and `output`.
+
+    A family whose generator in VLLM_COMPAT is vLLM's own has a second file, `<name>_vllm.py`, with a class
+    `VllmPolicyForCausalLM`; it imports vLLM.
+
+    Attributes:
+        name: of the TrainSpec, and of the file.
+        model_types: in config.json.
     """
-    if not Path(checkpoint).is_dir():
-        raise ValueError(f"no checkpoint directory {checkpoint}: see scripts/download_hf_assets.py")
-    misfits = []
-    for flavor, args in policy_train_spec(name).model_args.items():
-        try:
-            check_checkpoint_fits(Path(checkpoint) / "config.json", args)
-            return flavor, args
-        except ValueError as error:
-            misfits.append((str(error).count(";"), flavor, str(error)))
-    _, flavor, error = min(misfits)
-    raise ValueError(f"{checkpoint} fits no flavor of {name}; the nearest is {flavor}: {error}")
+
+    name: str
+    model_types: tuple[str, ...]
+
+    @abstractmethod
+    def upstream_spec(self) -> TrainSpec:
+        """torchtitan's TrainSpec, with what must differ here."""
+
+    @abstractmethod
+    def from_hf(self, config: Mapping[str, Any]) -> BaseModelArgs:
+        """Model args of what config.json says.
+
+        Args:
+            config: with `rope_theta`, `rope_type` and `rope_scaling` (None where RoPE is not scaled) at the top.
+
+        Raises:
+            ValueError: names the fields that the family does not cover.
+        """
+
+    @abstractmethod
+    def to_hf(self, args: BaseModelArgs) -> dict[str, Any]:
+        """What config.json says of a model with these args, in the terms of `from_hf`."""
+
+    @abstractmethod
+    def geometry(self, args: BaseModelArgs) -> Geometry:
+        """Sizes of a model with these args."""
+
+    def train_spec(self) -> TrainSpec:
+        """The TrainSpec as it runs here: packed sequences, and model args of its own to change."""
+        spec = self.upstream_spec()
+        flavors = copy.deepcopy(dict(spec.model_args))
+        return dataclasses.replace(spec, model_args={name: packed(args) for name, args in flavors.items()})
+
+    def check_parallel(self, args: BaseModelArgs, tensor_parallel_degree: int) -> None:
+        """Raises ValueError if a model with these args cannot be spread over so many ranks."""
+        sizes = self.geometry(args)
+        if sizes.heads % tensor_parallel_degree or sizes.kv_heads % tensor_parallel_degree:
+            raise ValueError(
+                f"tensor_parallel_degree = {tensor_parallel_degree} does not divide the model's {sizes.heads} heads and "
+                f"{sizes.kv_heads} key/value heads"
+            )
+
+    def tensor_parallel_plan(self, model: nn.Module) -> dict[str, ParallelStyle]:
+        """How each layer's modules are sharded, by their names in the layer."""
+        return dense_block_plan(model)
+
+    def apply_tensor_parallel(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Shards the model over `mesh`, in place, the same in trainer and generator."""
+        shard_over(model, mesh, self.tensor_parallel_plan(model))
+
+    def fsdp_groups(self, model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+        """What FSDP gathers together; tied weights must lie in one group."""
+        return [*model.layers.values(), [model.tok_embeddings, model.norm, model.output]]
+
+    def replace_attention(self, model: nn.Module, make: Callable[[str], nn.Module]) -> None:
+        """Puts `make(name)` in the place of every module that attends; name is its path in `model`."""
+        replace_inner_attention(model, make)
+
+    def to_vllm_arithmetic(self, model: nn.Module, tensor_parallel_degree: int = 1) -> nn.Module:
+        """Gives the model the arithmetic of vLLM's own, in place; ValueError where the family has no such pair."""
+        raise ValueError(
+            f'[rl] mode = "vllm_compat" has no pair for {self.name} models; mode = "unified" runs them on both sides'
+        )
 
 
-# What torchtitan's Qwen3 has no switch for; a config.json may leave these out.
-FIXED_FIELDS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "rope_scaling": None,
-    "rope_type": "default",
-}
+@dataclass(frozen=True)
+class PolicyModel:
+    """A model that a job runs.
 
-
-def register_train_specs() -> None:
-    """Register torchtitan's Qwen3 spec, under its own name, with the flavor "tiny" added.
-
-    Every flavor of torchtitan's is there too. Calling it again changes nothing.
+    Attributes:
+        family: whose model it is.
+        args: torchtitan's, of this model.
+        flavor: torchtitan's name for these args; empty: they are the checkpoint's own.
     """
-    spec = registry.get_train_spec("qwen3")
-    if "tiny" in spec.model_args:
-        return
-    # Own copies: the trainer writes its sequence length into the arguments that it is given.
-    flavors = copy.deepcopy(dict(spec.model_args))
-    flavors["tiny"] = dataclasses.replace(flavors["debugmodel"], **TINY_QWEN3)
-    registry.register_train_spec("qwen3", dataclasses.replace(spec, model_args=flavors))
+
+    family: Family
+    args: BaseModelArgs
+    flavor: str = ""
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.family.geometry(self.args)
+
+    def train_spec(self) -> TrainSpec:
+        """With these args under `flavor`."""
+        return dataclasses.replace(self.family.train_spec(), model_args={self.flavor: copy.deepcopy(self.args)})
+
+    def build(self, max_seq_len: int | None = None) -> nn.Module:
+        """The model, on the current default device and in the default dtype."""
+        args = copy.deepcopy(self.args)
+        args.max_seq_len = max_seq_len or args.max_seq_len
+        return self.family.train_spec().model_cls(args)
 
 
-def hf_config(model_args: BaseModelArgs) -> dict[str, Any]:
-    """The fields of a Hugging Face ``config.json`` that follow from a Qwen3 flavor's ``model_args``."""
-    return {field: getattr(model_args, name) for field, name in CONFIG_FIELDS.items()}
-
-
-def check_checkpoint_fits(config_json_path: str | Path, model_args: BaseModelArgs) -> None:
-    """Check that a checkpoint has the shapes and constants of a flavor.
-
-    Args:
-        config_json_path: The checkpoint's ``config.json`` in Hugging Face layout.
-        model_args: The flavor's, a ``Qwen3ModelArgs``.
-
-    Raises:
-        ValueError: The file is not there or not JSON, or fields are missing or differ: it names
-            each field with the checkpoint's value and the flavor's.
-    """
-    path = Path(config_json_path)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"No checkpoint here: {path} does not exist.") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
-    # transformers 5 writes rope_theta and rope_type into rope_parameters
-    config = {**FIXED_FIELDS, "tie_word_embeddings": False, **(config.get("rope_parameters") or {}), **config}
-    differences = [
-        f"{field}: {config.get(field, 'missing')} in the checkpoint, {expected} in the flavor"
-        for field, expected in {**hf_config(model_args), **FIXED_FIELDS}.items()
-        if config.get(field, "missing") != expected
+def check_covered(config: Mapping[str, Any], fixed: Mapping[str, Any], family: str) -> None:
+    """Raises ValueError naming fields of `config` that are there and not as `fixed` has them."""
+    odd = [
+        f"{name} = {config[name]!r}"
+        for name, value in fixed.items()
+        if config.get(name) is not None and config[name] != value
     ]
-    if differences:
-        raise ValueError(f"{path} does not fit the model flavor: {'; '.join(differences)}.")
+    if odd:
+        raise ValueError(f"config.json has {', '.join(odd)}: {family} models here have no such feature")
+
+
+def required(config: Mapping[str, Any], *names: str) -> list[Any]:
+    """The fields' values; ValueError names those that are missing."""
+    if missing := [name for name in names if config.get(name) is None]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: is it complete?")
+    return [config[name] for name in names]
 
 
 def replace_inner_attention(model: nn.Module, make: Callable[[str], nn.Module]) -> None:
@@ -125,3 +180,11 @@ def replace_inner_attention(model: nn.Module, make: Callable[[str], nn.Module]) 
         )
     for name in names:
         model.set_submodule(name, make(name))
+
+
+def packed(args: BaseModelArgs) -> BaseModelArgs:
+    """The args with attention inside packed sequences, in place; ValueError where the model has none."""
+    if not hasattr(args, "attn_type"):
+        raise ValueError(f"{type(args).__name__} has no attn_type: its attention cannot run on packed sequences")
+    args.attn_type, args.attn_mask_type = "varlen", "block_causal"
+    return args

@@ -3,13 +3,23 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Qwen3."""
+"""Qwen3: dense and with experts, and the VLLM_COMPAT trainer that computes what vLLM's Qwen3ForCausalLM computes.
 
+T counts the tokens of a packed batch, C is the model's width, H a number of heads, D the size of one.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
 from torchtitan.experiments.rl.unified.devices import device_of
+from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, required
+from torchtitan.experiments.rl.unified.families.moe import check_moe, make_row_invariant
+from torchtitan.experiments.rl.unified.families.tensor_parallel import dense_block_plan, heads_norm_plan
 from torchtitan.experiments.rl.unified.families.vllm_arithmetic import (
     CompatLinear,
     CompatRMSNorm,
@@ -20,9 +30,13 @@ from torchtitan.experiments.rl.unified.families.vllm_arithmetic import (
     VOCAB_MULTIPLE,
 )
 from torchtitan.models.attention import VarlenMetadata
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.qwen3.model.model import Attention, FeedForward, Qwen3Model, TransformerBlock
+from torchtitan.protocols.train_spec import get_train_spec, TrainSpec
 
-TINY_QWEN3: dict[str, Any] = {
+# A model that a laptop can train.
+TINY: dict[str, Any] = {
     "vocab_size": 512,
     "max_seq_len": 1024,
     "head_dim": 32,
@@ -36,20 +50,105 @@ TINY_QWEN3: dict[str, Any] = {
     "enable_weight_tying": True,
 }
 
-
 # Hugging Face's config.json -> torchtitan's Qwen3ModelArgs
-CONFIG_FIELDS = {
+_FIELDS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
     "head_dim": "head_dim",
-    "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
     "rope_theta": "rope_theta",
     "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "enable_weight_tying",
 }
+_MOE_FIELDS = {"num_experts": "num_experts", "num_experts_per_tok": "top_k", "norm_topk_prob": "route_norm"}
+# What torchtitan's Qwen3 has no switch for.
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_type": "default"}
+_MOE_FIXED = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+class PolicyQwen3(Qwen3Model):
+    """torchtitan's, with experts whose rows do not depend on their neighbours."""
+
+    def __init__(self, model_args: Qwen3ModelArgs) -> None:
+        super().__init__(model_args)
+        make_row_invariant(self)
+
+
+class Qwen3(Family):
+    """Qwen3, dense and with experts."""
+
+    name = "qwen3"
+    model_types = ("qwen3", "qwen3_moe")
+
+    def upstream_spec(self) -> TrainSpec:
+        spec = get_train_spec("qwen3")
+        flavors = copy.deepcopy(dict(spec.model_args))
+        flavors["tiny"] = replace(flavors["debugmodel"], **TINY)
+        for args in flavors.values():
+            # Nobody balances experts here: a policy is what its checkpoint says.
+            args.moe_args = replace(args.moe_args, load_balance_coeff=None, use_grouped_mm=False)
+        return replace(spec, model_cls=PolicyQwen3, model_args=flavors)
+
+    def from_hf(self, config: Mapping[str, Any]) -> Qwen3ModelArgs:
+        check_covered(config, _FIXED, self.name)
+        args: dict[str, Any] = dict(zip(_FIELDS.values(), required(config, *_FIELDS), strict=True))
+        args["enable_weight_tying"] = bool(config.get("tie_word_embeddings"))
+        if config.get("max_position_embeddings"):
+            args["max_seq_len"] = config["max_position_embeddings"]
+        if config["model_type"] == "qwen3":
+            (args["hidden_dim"],) = required(config, "intermediate_size")
+            return Qwen3ModelArgs(**args)
+        check_covered(config, _MOE_FIXED, self.name)
+        config = {"num_experts": config.get("num_local_experts"), **config}  # transformers 5 has another name.
+        moe = dict(zip(_MOE_FIELDS.values(), required(config, *_MOE_FIELDS), strict=True))
+        experts = MoEArgs(
+            **moe,
+            num_shared_experts=0,
+            score_func="softmax",
+            score_before_experts=False,
+            load_balance_coeff=None,
+            use_grouped_mm=False,
+        )
+        (inner,) = required(config, "moe_intermediate_size")
+        return Qwen3ModelArgs(**args, moe_enabled=True, moe_inter_dim=inner, moe_args=experts)
+
+    def to_hf(self, args: Qwen3ModelArgs) -> dict[str, Any]:
+        fields = {field: getattr(args, name) for field, name in _FIELDS.items()}
+        fields["tie_word_embeddings"] = args.enable_weight_tying
+        if not args.moe_enabled:
+            return fields | {"model_type": "qwen3", "intermediate_size": args.hidden_dim}
+        fields |= {field: getattr(args.moe_args, name) for field, name in _MOE_FIELDS.items()}
+        return fields | {"model_type": "qwen3_moe", "moe_intermediate_size": args.moe_inter_dim}
+
+    def geometry(self, args: Qwen3ModelArgs) -> Geometry:
+        hidden = args.moe_args.top_k * args.moe_inter_dim if args.moe_enabled else args.hidden_dim
+        return Geometry(
+            args.n_layers,
+            args.dim,
+            args.vocab_size,
+            args.n_heads,
+            args.n_kv_heads,
+            args.head_dim,
+            hidden,
+            routed=args.moe_enabled,
+        )
+
+    def check_parallel(self, args: Qwen3ModelArgs, tensor_parallel_degree: int) -> None:
+        super().check_parallel(args, tensor_parallel_degree)
+        if args.moe_enabled:
+            check_moe(args.moe_args)
+            if tensor_parallel_degree > 1:
+                raise ValueError(
+                    f"tensor_parallel_degree = {tensor_parallel_degree}: a mixture of experts is not spread over ranks "
+                    "here; use 1, or FSDP"
+                )
+
+    def tensor_parallel_plan(self, model: nn.Module) -> dict[str, ParallelStyle]:
+        return dense_block_plan(model) | heads_norm_plan(model)
+
+    def to_vllm_arithmetic(self, model: nn.Module, tensor_parallel_degree: int = 1) -> nn.Module:
+        return to_compat(model, tensor_parallel_degree)
 
 
 def to_compat(model: Qwen3Model, tensor_parallel_degree: int = 1) -> Qwen3Model:
@@ -68,7 +167,7 @@ def to_compat(model: Qwen3Model, tensor_parallel_degree: int = 1) -> Qwen3Model:
     Raises:
         ValueError: `model` is not a dense Qwen3 with normalized queries and keys, or its vocabulary cannot be shared.
     """
-    if type(model) is not Qwen3Model or model.model_args.moe_enabled or not model.model_args.qk_norm:
+    if type(model) is not PolicyQwen3 or model.model_args.moe_enabled or not model.model_args.qk_norm:
         raise ValueError(
             '[rl] mode = "vllm_compat" knows the dense Qwen3 with normalized queries and keys only, not '
             f'{getattr(model, "model_args", type(model).__name__)}; mode = "unified" runs any TrainSpec\'s model'
@@ -139,10 +238,12 @@ class CompatFeedForward(FeedForward):
 
 
 _COMPAT: dict[type, type] = {
-    Qwen3Model: CompatModel,
+    PolicyQwen3: CompatModel,
     TransformerBlock: CompatBlock,
     Attention: CompatAttention,
     FeedForward: CompatFeedForward,
     nn.RMSNorm: CompatRMSNorm,
     nn.Linear: CompatLinear,
 }
+
+FAMILY = Qwen3()

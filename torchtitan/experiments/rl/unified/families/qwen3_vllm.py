@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 
-class VllmCompatQwen3ForCausalLM(Qwen3ForCausalLM):
+class VllmPolicyForCausalLM(Qwen3ForCausalLM):
     """vLLM's Qwen3ForCausalLM with weights that can be replaced in place, under TorchTitan's names.
 
     Args:

@@ -19,7 +19,7 @@ from torchtitan.distributed import NoParallel
 from torchtitan.experiments.rl.unified.families.vllm_arithmetic import CompatRMSNorm
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_over(model: nn.Module, mesh: DeviceMesh, block_plan: dict[str, ParallelStyle]) -> None:
     """Shards the linears of a decoder-only TorchTitan model over `mesh`; activations between them stay whole.
 
     Every rank holds whole rows between the linears (no sequence parallelism): a batch of one token splits over any
@@ -27,14 +27,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Attention sees plain tensors with this rank's heads.
 
     Args:
-        model: has `tok_embeddings`, `layers`, `output` with TorchTitan's names inside.
+        model: has `tok_embeddings`, `layers`, `norm`, `output` with TorchTitan's names inside.
         mesh: one-dimensional.
+        block_plan: of each layer.
     """
     tied = model.output.weight is model.tok_embeddings.weight
-    # Each rank normalizes its own heads.
-    norm, heads_norm = NoParallel(), SequenceParallel(sequence_dim=2, use_local_output=True)
-    if isinstance(model.norm, CompatRMSNorm):
-        norm = heads_norm = ReplicatedWeights()
     parallelize_module(
         model,
         mesh,
@@ -42,29 +39,39 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             # Vocabulary-sharded on both ends, so that tied weights have one layout.
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
             "output": ColwiseParallel(output_layouts=Replicate()),
-            "norm": norm,
+            "norm": _norm(model),
         },
     )
     if tied:  # Each module got a sharded weight of its own.
         model.output.weight = model.tok_embeddings.weight
     for block in model.layers.values():
-        parallelize_module(
-            block,
-            mesh,
-            {
-                "attention_norm": norm,
-                "ffn_norm": norm,
-                "attention.q_norm": heads_norm,
-                "attention.k_norm": heads_norm,
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
-                "feed_forward.w1": ColwiseParallel(),
-                "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
-            },
-        )
+        parallelize_module(block, mesh, block_plan)
+
+
+def dense_block_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """Of a layer with an attention and a dense MLP, by TorchTitan's names; each rank has its own heads."""
+    return {
+        "attention_norm": _norm(model),
+        "ffn_norm": _norm(model),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w3": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate()),
+    }
+
+
+def heads_norm_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """Of norms over each head of queries and keys: each rank normalizes its own heads."""
+    compat = isinstance(model.norm, CompatRMSNorm)
+    style = ReplicatedWeights() if compat else SequenceParallel(sequence_dim=2, use_local_output=True)
+    return {"attention.q_norm": style, "attention.k_norm": style}
+
+
+def _norm(model: nn.Module) -> ParallelStyle:
+    return ReplicatedWeights() if isinstance(model.norm, CompatRMSNorm) else NoParallel()
 
 
 class ReplicatedWeights(ParallelStyle):

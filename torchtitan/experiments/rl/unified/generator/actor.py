@@ -10,7 +10,7 @@ from torchtitan.experiments.rl.unified.config.environment import prepare_environ
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.generator.generator import Generator
-from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory, UpdateResult, WeightUpdate
 
 
 class GeneratorActor(Actor):
@@ -37,6 +37,6 @@ class GeneratorActor(Actor):
         return self.generator.generate(requests)
 
     @endpoint
-    def update_weights(self, update: WeightUpdate) -> int:
-        """Replaces the weights; returns the version the engine runs now."""
+    def update_weights(self, update: WeightUpdate) -> UpdateResult:
+        """Replaces the weights."""
         return self.generator.update_weights(update)

@@ -9,7 +9,8 @@ import os
 from typing import Any, TYPE_CHECKING
 
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.generator.plugin import ARCHITECTURES, ENGINE_VARIABLE
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.generator.plugin import architecture, ENGINE_VARIABLE
 from torchtitan.experiments.rl.unified.generator.worker import PolicyWorker
 
 if TYPE_CHECKING:
@@ -53,10 +54,13 @@ def build_engine(
     prepare_process(tensor_parallel_degree, batch_invariant, num_threads)
     from vllm import LLM
 
+    model = model_of_checkpoint(checkpoint, model_name, flavor)
+    # Experts wait for the host, which a graph cannot.
+    cuda_graphs = cuda_graphs and not model.geometry.routed
     engine_args |= this_device().engine_arguments(attention_backend, cuda_graphs)
     return LLM(
         checkpoint,
-        hf_overrides={"architectures": [ARCHITECTURES[mode]]},
+        hf_overrides={"architectures": [architecture(mode, model.family.name)]},
         additional_config={"torchtitan": {"name": model_name, "flavor": flavor}},
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_degree,

@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.experiments.rl.unified.devices.attention import to_packed
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec, replace_inner_attention
-from torchtitan.experiments.rl.unified.families.tensor_parallel import apply_tensor_parallel
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
 from torchtitan.experiments.rl.unified.weights.placement import full_to_param, Placement
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.tools.utils import set_default_dtype
@@ -32,32 +31,31 @@ class TorchTitanForCausalLM(nn.Module):
     are sampled from (vLLM calls `compute_logits` on those).
 
     Args:
-        vllm_config: vLLM's configuration; `additional_config["torchtitan"]` holds `name` and `flavor` of the TrainSpec.
+        vllm_config: vLLM's configuration; `additional_config["torchtitan"]` may hold `name` and `flavor` of the model,
+            which its config.json says otherwise.
         prefix: vLLM's module prefix; empty for a top-level model.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        choice = vllm_config.additional_config["torchtitan"]
-        spec = policy_train_spec(choice["name"])
-        args = spec.model_args[choice["flavor"]]
-        args.max_seq_len = vllm_config.model_config.max_model_len
+        choice = vllm_config.additional_config.get("torchtitan", {})
+        policy = model_of_checkpoint(vllm_config.model_config.model, **choice)
         with set_default_dtype(vllm_config.model_config.dtype):
-            self.model = spec.model_cls(args)
-        self.adapter = spec.state_dict_adapter(args, None)
+            self.model = policy.build(vllm_config.model_config.max_model_len)
+        self.adapter = policy.train_spec().state_dict_adapter(policy.args, None)
         tensor_parallel_degree = vllm_config.parallel_config.tensor_parallel_size
         if tensor_parallel_degree > 1:
             mesh = DeviceMesh.from_group(get_tp_group().device_group, vllm_config.device_config.device_type)
-            apply_tensor_parallel(self.model, mesh)
+            policy.family.apply_tensor_parallel(self.model, mesh)
         # Attention runs on this rank's heads only.
-        n_kv_heads = args.n_heads if args.n_kv_heads is None else args.n_kv_heads
-        replace_inner_attention(
+        sizes = policy.geometry
+        policy.family.replace_attention(
             self.model,
             lambda name: PagedAttention(
-                num_heads=args.n_heads // tensor_parallel_degree,
-                head_size=args.head_dim,
-                scale=args.head_dim**-0.5,
-                num_kv_heads=n_kv_heads // tensor_parallel_degree,
+                num_heads=sizes.heads // tensor_parallel_degree,
+                head_size=sizes.head_size,
+                scale=sizes.head_size**-0.5,
+                num_kv_heads=sizes.kv_heads // tensor_parallel_degree,
                 cache_config=vllm_config.cache_config,
                 prefix=name,
             ),

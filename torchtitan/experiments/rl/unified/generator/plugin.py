@@ -9,15 +9,17 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
-# Which architecture of vLLM's registry generates in which `[rl] mode`.
-ARCHITECTURES = {"unified": "TorchTitanForCausalLM", "vllm_compat": "VllmCompatQwen3ForCausalLM"}
-_CLASSES = {
-    "TorchTitanForCausalLM": "torchtitan.experiments.rl.unified.generator.model",
-    "VllmCompatQwen3ForCausalLM": "torchtitan.experiments.rl.unified.families.qwen3_vllm",
-}
+_PACKAGE = "torchtitan.experiments.rl.unified"
+
 # Set by `build_engine` for the processes of its engine.
 ENGINE_VARIABLE = "TORCHTITAN_RL_ENGINE"
+
+
+def architecture(mode: str, family: str = "") -> str:
+    """vLLM's name for the class that generates in `[rl] mode`; `family` is asked for in "vllm_compat" alone."""
+    return "TorchTitanForCausalLM" if mode == "unified" else f"VllmCompat_{family}_ForCausalLM"
 
 
 def register() -> None:
@@ -42,8 +44,15 @@ def _register_architectures() -> None:
         def inspect_model_cls(self) -> _ModelInfo:
             return _ModelInfo.from_model_cls(self.load_model_cls())
 
-    for name, module in _CLASSES.items():
-        ModelRegistry.models[name] = ModelOfThisProcess(module_name=module, class_name=name)
+    unified = f"{_PACKAGE}.generator.model"
+    ModelRegistry.models[architecture("unified")] = ModelOfThisProcess(
+        module_name=unified, class_name="TorchTitanForCausalLM"
+    )
+    # By their files: importing a family would import torchtitan into every process of a stock vLLM, too.
+    for file in (Path(__file__).parents[1] / "families").glob("*_vllm.py"):
+        name = architecture("vllm_compat", file.stem.removesuffix("_vllm"))
+        module = f"{_PACKAGE}.families.{file.stem}"
+        ModelRegistry.models[name] = ModelOfThisProcess(module_name=module, class_name="VllmPolicyForCausalLM")
 
 
 def _die_with_parent() -> None:

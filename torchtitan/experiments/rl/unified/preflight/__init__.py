@@ -18,12 +18,12 @@ from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job, J
 from torchtitan.experiments.rl.unified.preflight.model import (
     check_arithmetic,
     check_checkpoint,
-    check_flavor,
     check_resume,
     check_vocabulary,
+    model_of_job,
 )
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
-from torchtitan.experiments.rl.unified.rollout.datasets import check_rows
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
 from torchtitan.experiments.rl.unified.rollout.task import Task
@@ -71,10 +71,10 @@ def check(config: JobConfig) -> Job:
             return None
         return True if found is None else found
 
-    flavor = passes(check_flavor)
-    checkpoint = flavor and passes(check_checkpoint)
+    model = passes(model_of_job)
+    checkpoint = model and passes(check_checkpoint)
     estimate: JobEstimate | None = None
-    if flavor:
+    if model:
         passes(check_arithmetic)
         passes(check_vocabulary)
         estimate = passes(estimate_job)
@@ -89,7 +89,7 @@ def check(config: JobConfig) -> Job:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
         passes(lambda job: Rewards(job.reward.weights, timeout_seconds=job.reward.timeout_seconds).close())
-        passes(check_rows)
+        passes(load_prompts if checkpoint else _read_rows)
     problems += estimate.refusals() if estimate else []
     if problems:
         for part in (task, evaluation):
@@ -97,3 +97,10 @@ def check(config: JobConfig) -> Job:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return Job(config, task, evaluation, [*warnings(config), *changed_settings(config), *estimate.warnings()])
+
+
+def _read_rows(config: JobConfig) -> None:
+    """The rows alone, where there is no tokenizer to make prompts of them."""
+    if (name := config.training.dataset) not in QA_DATASETS:
+        raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
+    QA_DATASETS[name].loader(config.training.dataset_path or QA_DATASETS[name].path, split="train")

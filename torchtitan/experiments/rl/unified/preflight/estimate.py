@@ -21,7 +21,7 @@ from torchtitan.experiments.rl.unified.config.derived import (
 )
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.preflight.model import model_of_job
 
 GIB = 2**30
 # Memory of a process with this job's libraries and no model to speak of. Measured: resident size, pages that processes
@@ -156,9 +156,8 @@ def estimate_job(config: JobConfig) -> JobEstimate:
 
 def count_parameters(config: JobConfig) -> int:
     """Parameters of the policy, tied ones once."""
-    spec = policy_train_spec(config.model.name)
     with torch.device("meta"):
-        model = spec.model_cls(spec.model_args[config.model.flavor])
+        model = model_of_job(config).build()
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -188,7 +187,7 @@ def _controller() -> ProcessGroup:
 def _trainer(config: JobConfig, parameters: int) -> ProcessGroup:
     degrees, training = config.parallelism, config.training
     ranks, tensor_parallel = trainer_ranks(config), degrees.tensor_parallel_degree
-    args = policy_train_spec(config.model.name).model_args[config.model.flavor]
+    sizes = model_of_job(config).geometry
     master, compute = (getattr(torch, name).itemsize for name in (training.dtype, training.mixed_precision_param))
     shards = max(1, degrees.data_parallel_shard_degree) * tensor_parallel
     stored = parameters * master // shards
@@ -198,9 +197,9 @@ def _trainer(config: JobConfig, parameters: int) -> ProcessGroup:
     sampled = min(tokens, completions * config.sampling.max_tokens)
     # What a layer keeps for its backward pass: about 8 vectors of the model's width and 3 of the MLP's a token.
     kept = 1 if config.activation_checkpoint.mode == "full" else 8
-    layers = args.n_layers * tokens * (kept * args.dim + (3 * args.hidden_dim if kept > 1 else 0)) * compute
+    layers = sizes.layers * tokens * (kept * sizes.width + (3 * sizes.hidden if kept > 1 else 0)) * compute
     # Logits of the microbatch, then in fp32 for the sampled tokens: scaled, as log-probs, and the gradient of each.
-    logits = args.vocab_size * (tokens * compute * 2 + sampled * 4 * 4)
+    logits = sizes.vocabulary * (tokens * compute * 2 + sampled * 4 * 4)
     # The policy leaves the trainer through memory that the generator reads, in the generator's dtype; one version of it
     # may stand in place of the engines' own weights.
     copies = versions_kept(config) - engines_share_memory(config)
@@ -272,7 +271,8 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{config.model.name} {config.model.flavor}, {parameters:,} parameters, {rl.mode} mode, on the {device}",
+            f"{model_of_job(config).family.name} {config.model.flavor or 'of ' + config.model.hf_assets_path}, "
+            f"{parameters:,} parameters, {rl.mode} mode, on the {device}",
         ),
         ("a step", f"{rl.prompts_per_step} prompts x {rl.group_size} completions = {completions} completions"),
         (

@@ -14,36 +14,26 @@ import torch
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.checks import check_supported
-from torchtitan.experiments.rl.unified.families.base import check_checkpoint_fits, policy_train_spec
-from torchtitan.experiments.rl.unified.families.qwen3 import to_compat
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
 
 logger = logging.getLogger(__name__)
 
 
-def check_flavor(config: JobConfig) -> None:
-    """The model and its flavor exist.
-
-    Raises:
-        ValueError: names those that do.
-    """
-    flavors = policy_train_spec(config.model.name).model_args
-    if config.model.flavor not in flavors:
-        raise ValueError(f"[model] flavor {config.model.flavor!r}: {config.model.name} has {', '.join(flavors)}")
+def model_of_job(config: JobConfig) -> PolicyModel:
+    """The model in `[model] hf_assets_path`; ValueError as of `model_of_checkpoint`."""
+    return model_of_checkpoint(config.model.hf_assets_path, config.model.name, config.model.flavor)
 
 
 def check_checkpoint(config: JobConfig) -> None:
-    """The checkpoint directory exists and holds a model of the flavor.
+    """The checkpoint directory exists and holds a model that runs here.
 
     Raises:
         ValueError: says what is missing or names the fields that differ.
     """
+    model_of_job(config)
     path = Path(config.model.hf_assets_path)
-    if not path.is_dir():
-        raise ValueError(f"no checkpoint directory {path} ([model] hf_assets_path): see scripts/download_hf_assets.py")
-    flavors = policy_train_spec(config.model.name).model_args
-    check_checkpoint_fits(path / "config.json", flavors[config.model.flavor])
-    if quantisation := json.loads((path / "config.json").read_text()).get("quantization_config"):
+    if quantisation := json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
         raise ValueError(
             f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
             "updated in place cannot be; download the unquantised checkpoint"
@@ -69,13 +59,13 @@ def check_resume(config: JobConfig) -> None:
         return
     if not Path(path).is_dir():
         raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
-    spec = policy_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
+    model = model_of_job(config)
     if not (Path(path) / ".metadata").exists():
-        check_checkpoint_fits(Path(path) / "config.json", args)
+        if model.family.to_hf(model_of_checkpoint(path).args) != model.family.to_hf(model.args):
+            raise ValueError(f"[checkpoint] initial_load_path: {path} holds another model than [model] hf_assets_path")
         return
     with torch.device("meta"):
-        check_model(Path(path), spec.model_cls(args))
+        check_model(Path(path), model.build())
 
 
 def check_vocabulary(config: JobConfig) -> None:
@@ -84,14 +74,14 @@ def check_vocabulary(config: JobConfig) -> None:
     Raises:
         ValueError: says which is too large or too small.
     """
-    args = policy_train_spec(config.model.name).model_args[config.model.flavor]
-    if config.sampling.top_k > args.vocab_size:
+    sizes = model_of_job(config).geometry
+    if config.sampling.top_k > sizes.vocabulary:
         raise ValueError(
-            f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {args.vocab_size} tokens; 0 is off"
+            f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {sizes.vocabulary} tokens; 0 is off"
         )
     engine, blocks = config.generator, math.ceil(config.training.seq_len / config.generator.block_size)
-    itemsize, heads = getattr(torch, engine.dtype).itemsize, max(1, args.n_kv_heads // engine.tensor_parallel_degree)
-    needed = blocks * engine.block_size * args.n_layers * 2 * heads * args.head_dim * itemsize / 2**30
+    itemsize, heads = getattr(torch, engine.dtype).itemsize, max(1, sizes.kv_heads // engine.tensor_parallel_degree)
+    needed = blocks * engine.block_size * sizes.layers * 2 * heads * sizes.head_size * itemsize / 2**30
     if engine.kv_cache_gib < needed:
         raise ValueError(
             f"[generator] kv_cache_gib = {engine.kv_cache_gib:g} does not hold one sequence of [training] seq_len "
@@ -106,15 +96,12 @@ def check_arithmetic(config: JobConfig) -> None:
         ValueError: names the module, head size or setting that is not covered.
     """
     degrees, device = config.parallelism, this_device()
-    spec = policy_train_spec(config.model.name)
-    args = spec.model_args[config.model.flavor]
+    policy = model_of_job(config)
     for section in ("parallelism", "generator"):
-        degree = getattr(config, section).tensor_parallel_degree
-        if args.n_heads % degree or args.n_kv_heads % degree:
-            raise ValueError(
-                f"[{section}] tensor_parallel_degree = {degree} does not divide the model's {args.n_heads} heads and "
-                f"{args.n_kv_heads} key/value heads"
-            )
+        try:
+            policy.family.check_parallel(policy.args, getattr(config, section).tensor_parallel_degree)
+        except ValueError as error:
+            raise ValueError(f"[{section}] {error}") from None
     if config.parity.check == "off":
         return
     if (
@@ -124,11 +111,12 @@ def check_arithmetic(config: JobConfig) -> None:
     ):
         raise ValueError('[rl] mode = "vllm_compat" is not tensor parallel on a GPU; use mode = "unified"')
     with torch.device("meta"):
-        model = spec.model_cls(args)
+        model = policy.build()
     check_supported(model)
+    sizes = policy.geometry
     try:
-        device.check_attention(args.head_dim, args.n_heads, args.n_kv_heads, getattr(torch, config.generator.dtype))
+        device.check_attention(sizes.head_size, sizes.heads, sizes.kv_heads, getattr(torch, config.generator.dtype))
     except ValueError as error:
         raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":
-        to_compat(model, degrees.tensor_parallel_degree)
+        policy.family.to_vllm_arithmetic(model, degrees.tensor_parallel_degree)

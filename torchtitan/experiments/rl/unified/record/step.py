@@ -24,6 +24,7 @@ class StepRecord:
 
     Attributes:
         phases: seconds by the phase's name; a phase that ran beside the others is set by whoever ran it.
+        weights_changed: share of the generators' weights that the update before its batch changed, if one came.
         evaluation: held-out figures by name, if there was an evaluation in this step; they go into the metrics.
     """
 
@@ -31,6 +32,7 @@ class StepRecord:
         self.config = config
         self.phases: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
+        self.weights_changed: float | None = None
         self.metrics: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
         self.trajectories: list[Trajectory] = []
@@ -70,6 +72,7 @@ class StepRecord:
             "tokens_per_second": sum(lengths) / (seconds - self.phases.get("evaluate", 0.0)),
             "seconds": seconds,
             **{f"seconds_{name}": value for name, value in self.phases.items()},
+            **({} if self.weights_changed is None else {"weights_changed": self.weights_changed}),
             **self.evaluation,
         }
         chosen = notable(trajectories, totals.tolist(), self.config.rl.log_samples)

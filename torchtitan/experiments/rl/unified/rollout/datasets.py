@@ -266,21 +266,6 @@ def _digest(prompts: list[Prompt], *settings: int) -> str:
     return hashlib.sha256(repr((content, settings)).encode()).hexdigest()[:16]
 
 
-def check_rows(config: JobConfig) -> None:
-    """The job's rows can be read, whatever its tokenizer makes of them.
-
-    Raises:
-        ValueError: no such dataset or path, or no rows with a question and an answer.
-    """
-    name = config.training.dataset
-    if name not in QA_DATASETS:
-        raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
-    where = config.training.dataset_path or QA_DATASETS[name].path
-    rows = QA_DATASETS[name].loader(where, split="train")
-    for column in (config.data.question_column, config.data.answer_column):
-        _text_column(rows, column, where, "train")
-
-
 def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
     """The job's prompts, checked to leave room for a completion.
 

@@ -5,6 +5,8 @@
 
 """How a policy is spread over the ranks of the trainer."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,9 +15,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.experiments.rl.unified.families.base import replace_inner_attention
-from torchtitan.experiments.rl.unified.families.qwen3 import to_compat
-from torchtitan.experiments.rl.unified.families.tensor_parallel import apply_tensor_parallel
+from torchtitan.experiments.rl.unified.families import Family
 from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention, StockAttention
 from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
@@ -23,39 +23,64 @@ from torchtitan.models.llama3.infra.parallelize import apply_ddp
 _SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.unified.packed_attention.default}
 
 
-def parallelize_policy(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+class MasterParallelDims(ParallelDims):
+    """torchtitan's, with FSDP at every degree: it keeps weights in `training.dtype` and computes in another one.
+
+    Args:
+        dims: the degrees.
+    """
+
+    def __init__(self, dims: ParallelDims) -> None:
+        degrees = [field.name for field in dataclasses.fields(dims) if not field.name.startswith("_")]
+        super().__init__(**{name: getattr(dims, name) for name in degrees})
+
+    @property
+    def fsdp_enabled(self) -> bool:
+        return True
+
+    def _mesh_exist(self, name: str, degree: int) -> bool:
+        return name == "fsdp" or super()._mesh_exist(name, degree)
+
+
+def parallelize_policy(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, family: Family
+) -> nn.Module:
     """The TrainSpec's `parallelize_fn` for a policy: arithmetic, TP, activation checkpointing, data parallel.
 
     Args:
         model: a TrainSpec model on the meta device, `attn_type` "varlen".
         parallel_dims: the degrees the job runs with.
         job_config: the whole job config.
+        family: whose model it is.
 
     Returns:
         The same model, parallelized in place.
     """
     if job_config.rl.mode == "vllm_compat":
-        to_compat(model, job_config.parallelism.tensor_parallel_degree)
+        family.to_vllm_arithmetic(model, job_config.parallelism.tensor_parallel_degree)
     attention = StockAttention if job_config.parity.check == "off" else PackedAttention
-    replace_inner_attention(model, lambda name: attention())
+    family.replace_attention(model, lambda name: attention())
     if parallel_dims.tp_enabled:
-        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
+        family.apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if job_config.activation_checkpoint.mode != "none":
         folder = job_config.job.dump_folder
         apply_ac(model, job_config.activation_checkpoint, op_sac_save_list=_SAVED_OPS, base_folder=folder)
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-        apply_fully_shard(model, parallel_dims.get_mesh(names), job_config)
+        apply_fully_shard(model, family.fsdp_groups(model), parallel_dims.get_mesh(names), job_config)
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=False)
     return model
 
 
-def apply_fully_shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
+def apply_fully_shard(
+    model: nn.Module, groups: list[nn.Module | list[nn.Module]], mesh: DeviceMesh, job_config: JobConfig
+) -> None:
     """FSDP2 (HSDP on a two-dimensional mesh): master weights in `training.dtype`, compute in `mixed_precision_param`.
 
     Args:
-        model: has `tok_embeddings`, `layers`, `norm`, `output`; the ends may share one weight.
+        model: the policy.
+        groups: of its modules, gathered together; the last one is needed until the end.
         mesh: of the data-parallel ranks.
         job_config: the whole job config.
     """
@@ -64,10 +89,9 @@ def apply_fully_shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig)
         reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
     )
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
-    for block in model.layers.values():
+    for block in groups[:-1]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # Tied weights must lie in one group.
-    fully_shard([model.tok_embeddings, model.norm, model.output], mesh=mesh, mp_policy=policy)
+    fully_shard(groups[-1], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):

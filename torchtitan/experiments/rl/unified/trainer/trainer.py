@@ -8,6 +8,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +19,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed import ParallelDims, utils as dist_utils
 from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, tis_weight
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices.mode import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.errors import CheckpointError, ParityError
-from torchtitan.experiments.rl.unified.families.base import policy_train_spec
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.messages import ParityReport, StepResult, TensorSpec, TokenStats, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import (
     checkpoint_folder,
@@ -37,7 +38,7 @@ from torchtitan.experiments.rl.unified.record.checkpoints import (
 from torchtitan.experiments.rl.unified.trainer.finite import stop_unless_finite
 from torchtitan.experiments.rl.unified.trainer.logprobs import sampling_entropy, sampling_logprobs
 from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatches, Microbatch, pack
-from torchtitan.experiments.rl.unified.trainer.parallelize import parallelize_policy
+from torchtitan.experiments.rl.unified.trainer.parallelize import MasterParallelDims, parallelize_policy
 from torchtitan.experiments.rl.unified.trainer.parity import compare
 from torchtitan.experiments.rl.unified.trainer.reference import ReferencePolicy
 from torchtitan.experiments.rl.unified.trainer.settings import kept_settings
@@ -68,12 +69,13 @@ class RLTrainer(Trainer):
     here is a pack of trajectories, and its loss is the policy loss over their sampled tokens.
 
     Args:
-        job_config: the job; `model.name` is looked up among the TrainSpecs.
+        job_config: the job.
     """
 
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
-        job_config.model.name = _register_policy(job_config.model.name)
+        chosen = job_config.model
+        chosen.name = _register_policy(model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor))
         self.resumes = job_config.checkpoint.enable
         if not job_config.checkpoint.enable:  # The first weights come through the checkpointer; it saves nothing.
             job_config.checkpoint.enable = job_config.checkpoint.load_only = True
@@ -91,6 +93,11 @@ class RLTrainer(Trainer):
         # DDP averages gradients; a sum over the step's tokens wants their sum.
         averages = self.parallel_dims.dp_replicate_enabled and not self.parallel_dims.fsdp_enabled
         self.gradient_scale = self.parallel_dims.dp_replicate if averages else 1
+
+    def init_distributed(self) -> ParallelDims:
+        """Upstream's, and degrees under which the weights may have another dtype than the arithmetic."""
+        dims, training = super().init_distributed(), self.job_config.training
+        return dims if training.dtype == training.mixed_precision_param else MasterParallelDims(dims)
 
     def load(self) -> None:
         """Loads the newest whole checkpoint of the run, or the weights that training starts from; and the reference.
@@ -364,18 +371,13 @@ class RLTrainer(Trainer):
             )
 
 
-def _register_policy(name: str) -> str:
-    """Registers the TrainSpec `name` as torchtitan's Trainer is to run it here, and returns its name there."""
-    registered = f"{name}_policy"
-    if registered not in train_spec._extra_train_specs:
-        train_spec.register_train_spec(
-            registered,
-            dataclasses.replace(
-                policy_train_spec(name),
-                parallelize_fn=parallelize_policy,
-                # Prompts come from the controller; torchtitan's dataloader has nothing to load.
-                build_dataloader_fn=None,
-                build_metrics_processor_fn=lambda job_config, parallel_dims, _: StepMetrics(job_config, parallel_dims),
-            ),
-        )
-    return registered
+def _register_policy(model: PolicyModel) -> str:
+    """Registers the model's TrainSpec as torchtitan's Trainer is to run it here, and returns its name there."""
+    train_spec._extra_train_specs["policy"] = dataclasses.replace(
+        model.train_spec(),
+        parallelize_fn=functools.partial(parallelize_policy, family=model.family),
+        # Prompts come from the controller; torchtitan's dataloader has nothing to load.
+        build_dataloader_fn=None,
+        build_metrics_processor_fn=lambda job_config, parallel_dims, _: StepMetrics(job_config, parallel_dims),
+    )
+    return "policy"
