@@ -9,7 +9,7 @@ import socket
 
 import pytest
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.controller import hosts
+from torchtitan.experiments.rl.unified.preflight import cluster as hosts
 
 
 @pytest.fixture

@@ -53,5 +53,5 @@ def test_two_trainer_hosts_and_a_generator_host_speak_nccl(tmp_path):
             process = subprocess.Popen([sys.executable, "-c", WORKER.format(workers[-1])], env=environment)
             stack.callback(process.kill)
         flags = ["--cluster.address", "tcp://127.0.0.1:0", "--cluster.generators", workers[2]]
-        flags += ["--cluster.trainer", ",".join(workers[:2]), "--parallelism.data_parallel_shard_degree", 2]
+        flags += ["--cluster.trainer", *workers[:2], "--parallelism.data_parallel_shard_degree", 2]
         run(tmp_path / "run", 10, "--weight_sync.transport", "vllm_nccl", *flags)

@@ -3,35 +3,45 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from torchtitan.experiments.rl.unified.config.checks import contradictions
 from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS, write_toml
-from torchtitan.experiments.rl.unified.preflight.batch import check_batch
+
+COMMAND = Path(__file__).parents[1] / "torchtitan/experiments/rl/unified/simple_rl_multiprocess.py"
+NEEDED = '[model]\nhf_assets_path = "tests/assets/qwen3_tiny"\n'
 
 
 def job(tmp_path: Path, text: str, *flags: str):
+    """The config of a TOML file with `text` and what no job can do without."""
     path = tmp_path / "job.toml"
-    path.write_text(text)
+    training = "" if "[training]" in text else "[training]\n"
+    text = NEEDED + training + text
+    path.write_text(text.replace("[training]\n", '[training]\ndataset = "gsm8k_tiny"\n'), encoding="utf-8")
     return load_job_config(["--job.config_file", str(path), *flags])
 
 
 @pytest.mark.parametrize("path", sorted(TRAIN_CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_configs_parse(path):
-    assert load_job_config(["--job.config_file", str(path)]).model.name == "qwen3"
+    config = load_job_config(["--job.config_file", str(path)])
+    assert contradictions(config) == [] and "gsm8k" in config.reward.weights
+    # A model that was not trained for it writes the mark that the reward reads only if it is asked to.
+    assert config.training.dataset == "gsm8k_tiny" or "####" in config.data.system_prompt
 
 
 def test_a_shipped_config_is_for_several_gpus():
     config = load_job_config(["--job.config_file", str(TRAIN_CONFIGS / "qwen3_0.6b_fsdp2_tp2.toml")])
-    check_batch(config)
+    assert contradictions(config) == []
     assert trainer_ranks(config) == 4 and config.generator.tensor_parallel_degree == 2
 
 
 def test_the_default_on_a_cpu_machine_is_the_debug_job():
     config = load_job_config([])
-    assert (config.model.flavor, config.parity.check) == ("tiny", "assert")
-    assert Path(config.model.hf_assets_path).is_absolute()
+    assert config.parity.check == "assert" and Path(config.model.hf_assets_path).is_absolute()
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -61,12 +71,11 @@ def test_the_written_config_holds_no_path_into_this_clone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[rl]\ngroup_sise = 4\n", "unknown key 'rl.group_sise'; known here: group_size"),
-        ("[rll]\n", "unknown section 'rll'"),
+        ("[rl]\ngroup_sise = 4\n", "unknown key 'rl.group_sise'; did you mean 'rl.group_size'\\?"),
+        ("[rll]\n", "unknown section 'rll'; did you mean 'rl'"),
         ('[rl]\ngroup_size = "4"\n', "rl.group_size = '4', but it must be int"),
         ("[parity]\ncheck = true\n", "parity.check = True, but it must be one of 'off', 'report', 'assert'"),
         ('[rl]\nmode = "both"\n', "rl.mode = 'both', but it must be one of 'unified', 'vllm_compat'"),
-        ("rl = 3\n", "rl = 3, but 'rl' is a section: write \\[rl\\]"),
         ("[rl\n", "is not TOML"),
         ("[training.dataloader]\nnum_workers = 1.5\n", "training.dataloader.num_workers = 1.5, but it must be int"),
     ],
@@ -80,3 +89,108 @@ def test_a_bad_file_gets_one_error_with_file_key_value_and_remedy(tmp_path, text
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="No such file or directory; give an existing file"):
         load_job_config([f"--job.config_file={tmp_path / 'none.toml'}"])
+
+
+def test_a_section_that_is_a_value_is_told_how_it_is_written(tmp_path):
+    (tmp_path / "job.toml").write_text("rl = 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rl = 3, but 'rl' is a section: write \[rl\]"):
+        load_job_config(["--job.config_file", str(tmp_path / "job.toml")])
+
+
+def test_a_file_that_says_too_little_is_not_filled_from_another_models_defaults(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text("[rl]\ngroup_size = 4\n[sampling]\nmax_tokens = 8\n", encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_job_config(["--job.config_file", str(path), "--training.dataset", "gsm8k"])
+    [line] = str(error.value).splitlines()
+    assert "model.hf_assets_path is not set, and has no default" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        (["--reward.weights", "my.fn", "0.5"], "reward.weights", {"my.fn": 0.5}),
+        (["--reward.weights", "gsm8k", "1", "my.fn", "0.5"], "reward.weights", {"gsm8k": 1.0, "my.fn": 0.5}),
+        (["--reward.weights.my-module.fn", "0.5"], "reward.weights", {"gsm8k": 1.0, "my-module.fn": 0.5}),
+        (["--reward.weights={format = 0.5}"], "reward.weights", {"format": 0.5}),
+        (["--checkpoint.enable"], "checkpoint.enable", True),
+        (["--checkpoint.enable", "False"], "checkpoint.enable", False),
+        (["--checkpoint.enable=true"], "checkpoint.enable", True),
+        (["--checkpoint.no-last-save-model-only"], "checkpoint.last_save_model_only", False),
+        (["--sampling.stop", "+, user"], "sampling.stop", ["+, user"]),
+        (["--sampling.stop", "END", "a,b", "[x"], "sampling.stop", ["END", "a,b", "[x"]),
+        (["--sampling.stop=--"], "sampling.stop", ["--"]),
+        (["--sampling.stop", '["a b", "c"]'], "sampling.stop", ["a b", "c"]),
+        (["--data.template_kwargs", "enable_thinking", "false"], "data.template_kwargs", {"enable_thinking": False}),
+        (
+            ["--data.template_kwargs", "n", "3", "x", "1.5", "s", "word"],
+            "data.template_kwargs",
+            {"n": 3, "x": 1.5, "s": "word"},
+        ),
+        (["--evaluation.k", "1", "4"], "evaluation.k", [1, 4]),
+        (["--optimizer.lr", "1e-5"], "optimizer.lr", 1e-5),
+        (["--optimizer.lr=1"], "optimizer.lr", 1.0),
+        (["--debug.seed", "None"], "debug.seed", None),
+        (["--lr_scheduler.decay-ratio", ".5"], "lr_scheduler.decay_ratio", 0.5),
+        (["--job.description", "5"], "job.description", "5"),
+        (["--rl.group_size", "4", "--rl.group_size", "6"], "rl.group_size", 6),
+    ],
+)
+def test_words_on_the_command_line_are_read_as_the_keys_type(words, path, value):
+    config = load_job_config(words)
+    section, key = path.split(".")
+    found = getattr(getattr(config, section), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--rl.group_size", "four"], "--rl.group_size = 'four', but it must be int"),
+        (["--rl.group_size", "1e3"], "--rl.group_size = '1e3', but it must be int"),
+        (["--rl.group_size"], "--rl.group_size: its value is missing; it must be int"),
+        (["--rl.group_size", "4", "5"], "--rl.group_size: unexpected '5' after '4'; a value with spaces takes quotes"),
+        (["--checkpoint.enable", "yes"], "--checkpoint.enable = 'yes', but it must be bool"),
+        (["--parity.check", "on"], "--parity.check = 'on', but it must be one of 'off', 'report', 'assert'"),
+        (["--reward.weights", "gsm8k", "a"], "--reward.weights = {'gsm8k': 'a'}, but it must be dict[str, float]"),
+        (["--rl.grop_size", "4"], "unknown flag --rl.grop_size: did you mean '--rl.group_size'?"),
+        (["4"], "unexpected word '4': settings are --section.key value"),
+    ],
+)
+def test_a_bad_word_on_the_command_line_is_named(words, complaint):
+    with pytest.raises(ValueError) as error:
+        load_job_config(words)
+    assert str(error.value) == complaint
+
+
+def command(*flags: str, code: str = "") -> subprocess.CompletedProcess:
+    """The job's command as it is typed, from another directory."""
+    start = ["-c", code] if code else [str(COMMAND)]
+    return subprocess.run([sys.executable, *start, *flags], capture_output=True, text=True, timeout=120, cwd="/")
+
+
+def test_the_command_names_all_that_is_wrong_with_its_arguments_and_loads_no_torch():
+    code = (
+        f"import runpy, sys; sys.argv[0] = {str(COMMAND)!r}; status = 0\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: status = end.code\n"
+        "assert not {'torch', 'torchtitan', 'pydantic'} & sys.modules.keys(); sys.exit(status)"
+    )
+    wrong = ["--rl.grop_size", "4", "--optimizer.lr", "nan", "--validation.enable", "--generator.cores", "3-1"]
+    wrong += ["--rl.prompts_per_step", "3", "--rl.group_size", "1", "--sampling.top_k", "x", "--evaluation.k", "9"]
+    done = command(*wrong, code=code)
+    assert done.returncode == 1, done.stderr
+    named = [line.removeprefix("error: ").partition(" = ")[0] for line in done.stderr.splitlines()]
+    assert [name[:20] for name in named] == [
+        "unknown flag --rl.gr",
+        "--optimizer.lr",
+        "--validation.enable",
+        "--sampling.top_k",
+        "3 completions a step",
+        "[evaluation] k",
+        "[generator] cores",
+    ]
+    helped = command("--help", code=code)
+    assert helped.returncode == 0, helped.stderr
+    assert "[policy_loss]" in helped.stdout and "--rl.group_size 8\n      Completions sampled for each" in helped.stdout
+    assert "--optimizer.lr 0.0008\n      Learning rate" in helped.stdout and "--compile." not in helped.stdout

@@ -64,10 +64,11 @@ def test_too_many_threads_and_too_little_memory():
     # Short completions might do: a warning, until not even they would.
     least = sum(group.least for group in plan.groups)
     assert least < plan.total_bytes and len(replace(plan, memory_bytes=least).warnings()) == 1
-    with pytest.raises(ValueError, match="of memory are needed, this machine has"):
-        replace(plan, memory_bytes=least - 1).warnings()
-    with pytest.raises(ValueError, match="this machine has 1.00 GiB: use fewer ranks"):
-        replace(plan, memory_bytes=GIB).warnings()
+    assert plan.refusals() == replace(plan, memory_bytes=least).refusals() == []
+    [refusal] = replace(plan, memory_bytes=least - 1).refusals()
+    assert "of memory are needed, this machine has" in refusal
+    [refusal] = replace(plan, memory_bytes=GIB).refusals()
+    assert "this machine has 1.00 GiB: use fewer ranks" in refusal
 
 
 def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
@@ -94,8 +95,14 @@ def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(shape))
     flags = ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "gsm8k_tiny"]
     config = TRAIN_CONFIGS / f"{name}.toml"
-    assert simple_rl_multiprocess.main(["--dry_run", "--job.config_file", str(config), *flags]) == 0
-    assert "qwen3 0.6B, 596,049,920 parameters" in capsys.readouterr().out
+    status = simple_rl_multiprocess.main(["--dry_run", "--job.config_file", str(config), *flags])
+    said = capsys.readouterr()
+    assert "qwen3 0.6B, 596,049,920 parameters" in said.out
+    # What the job itself would say here.
+    errors = said.err.splitlines()
+    assert status == (1 if errors else 0)
+    assert all("needs a GPU" in error or "of memory are needed" in error for error in errors)
+    assert errors or torch.cuda.is_available()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the models are not in the host's memory")

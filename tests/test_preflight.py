@@ -33,11 +33,6 @@ def test_a_module_that_is_not_covered_is_named():
         check_arithmetic(load_job_config(["--model.flavor", "debugmodel_moe"]))
 
 
-def test_converters_are_refused():
-    with pytest.raises(ValueError, match=r"\[model\] converters changes the arithmetic in the trainer alone"):
-        check_arithmetic(load_job_config(["--model.converters", "float8"]))
-
-
 def test_a_vocabulary_that_vllm_pads_cannot_be_shared_by_a_compat_trainer(monkeypatch):
     spec = policy_train_spec("qwen3")
     odd = replace(spec, model_args={"tiny": replace(spec.model_args["tiny"], vocab_size=500)})

@@ -195,21 +195,21 @@ BAD_INPUT = {
         "does not divide the model's 4 heads and 2 key/value heads",
     ),
     "pipeline": (lambda t: ["--parallelism.pipeline_parallel_degree", "2"], "policies here have no such split"),
-    "not covered": (lambda t: ["--compile.enable"], '[parity] check = "off" allows it'),
+    "not honoured": (lambda t: ["--compile.enable"], "torch.compile would give the trainer's forward pass other bits"),
     "another dtype": (lambda t: ["--generator.dtype", "bfloat16"], '[parity] check = "off" allows it'),
     "invariance switched off": (lambda t: [], "VLLM_BATCH_INVARIANT=0 contradicts"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_error_before_anything_is_spawned(case, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_report_before_anything_is_spawned(case, tmp_path, capsys, monkeypatch):
     flags, complaint = BAD_INPUT[case]
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0" if case == "invariance switched off" else "1")
     dump_folder = tmp_path / "run"
     status = simple_rl_multiprocess.main(["--job.dump_folder", str(dump_folder), *SMALL, *flags(tmp_path)])
     error = capsys.readouterr().err.strip()
     assert status == 1
-    assert error.startswith("error: ") and complaint in error and "\n" not in error
+    assert complaint in error and all(line.startswith("error: ") for line in error.splitlines())
     assert not dump_folder.exists()
 
 
@@ -223,8 +223,11 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
-        f"error: job config {path}: unknown key 'rl.group_sise'; known here: "
-        "group_size, log_samples, microbatch_tokens, mode, prompts_per_step, record_replay, truncated_completions"
+        f"error: job config {path}: unknown key 'rl.group_sise'; did you mean 'rl.group_size'?",
+        *(
+            f"error: job config {path}: {key} is not set, and has no default that would be right"
+            for key in ("model.hf_assets_path", "training.dataset")
+        ),
     ]
 
 

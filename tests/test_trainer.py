@@ -266,3 +266,21 @@ def test_activation_checkpointing_changes_no_bit(build, mode):
         one, other = (trainer.step_on(trajectories, ADVANTAGES) for trainer in (plain, lean))
         assert one == other and torch.equal(gradient(plain), gradient(lean))
     assert equal(weights(lean), weights(plain))
+
+
+def test_a_resume_takes_the_state_from_the_checkpoint_and_the_optimizers_settings_from_the_job(build):
+    flags = ["--training.steps", "9", "--lr_scheduler.warmup_steps", "4"]
+    flags += ["--checkpoint.enable", "--checkpoint.interval", "1", "--optimizer.lr"]
+    whole = build(*flags, "1e-3")
+    whole.step_on(sample(whole), ADVANTAGES)
+    whole.save({})
+    trajectories = sample(whole)
+    same, other = build(*flags, "1e-3"), build(*flags, "1e-5", "--optimizer.beta1", "0.5")
+    assert whole.step_on(trajectories, ADVANTAGES) == same.step_on(trajectories, ADVANTAGES)
+    assert equal(weights(whole), weights(same))
+    # The second step of the warm-up's four.
+    assert other.step_on(trajectories, ADVANTAGES).lr == 1e-5 * (2 / 4)
+    [one], [its] = whole.optimizers.optimizers, other.optimizers.optimizers
+    assert (its.param_groups[0]["betas"], one.param_groups[0]["betas"]) == ((0.5, 0.95), (0.9, 0.95))
+    assert {int(state["step"]) for state in its.state.values()} == {2}
+    assert not equal(weights(whole), weights(other))

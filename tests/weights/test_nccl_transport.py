@@ -160,7 +160,7 @@ def test_a_broadcast_that_fails_is_reported(sender, monkeypatch, caplog):
 def test_the_trainers_host_is_the_clusters():
     flags = ["--weight_sync.transport", "vllm_nccl"]
     assert build_transport(load_job_config(flags)).host == "localhost"
-    config = load_job_config([*flags, "--cluster.trainer", "tcp://node1:26600,tcp://node2:26600"])
+    config = load_job_config([*flags, "--cluster.trainer", "tcp://node1:26600", "tcp://node2:26600"])
     assert build_transport(config).host == "node1"
 
 

@@ -12,51 +12,78 @@ Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and
 
 import asyncio
 import sys
-from contextlib import closing
-
-from torchtitan.experiments.rl.unified.config.environment import honour_environment, prepare_environment
-from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.errors import (
-    CheckpointError,
-    NonFiniteError,
-    ParityError,
-    ProcessLost,
-    WeightTransferError,
-)
+from contextlib import closing, suppress
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 
-def run(args: list[str]) -> str:
-    """Checks the job that `args` describe and runs it; returns its summary (what it would take if --dry_run)."""
+def config_alone() -> ModuleType:
+    """config/command_line.py, of a package that has another name: importing torchtitan's loads torch, for seconds."""
+    folder, name = Path(__file__).resolve().parent / "config", "torchtitan_rl_unified_config"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return import_module(f"{name}.command_line")
+
+
+def run(args: list[str], dry: bool) -> str:
+    """Checks the job that `args` describe and runs it; returns its summary, or what it would take if `dry`."""
+    from torchtitan.experiments.rl.unified.config.environment import honour_environment
+    from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
     from torchtitan.experiments.rl.unified.devices import this_device
 
-    device, words = this_device(), [arg for arg in args if arg != "--dry_run"]
-    if not any(word.startswith("--job.config") for word in words):
-        words = ["--job.config_file", str(TRAIN_CONFIGS / device.default_config), *words]
-    config = load_job_config(words)
+    device = this_device()
+    if not any(word.startswith(("--job.config_file", "--job.config-file")) for word in args):
+        args = ["--job.config_file", str(TRAIN_CONFIGS / device.default_config), *args]
+    config = load_job_config(args)
     honour_environment(config, on_gpu=not device.in_host_memory)
     from torchtitan.experiments.rl.unified.controller.run import run_job
     from torchtitan.experiments.rl.unified.preflight import check
+    from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job
 
+    if dry:
+        with suppress(ValueError):  # Where that cannot be told, `check` says why.
+            print(estimate_job(config).text())
     with closing(check(config)) as job:
-        if "--dry_run" in args:
-            return job.estimate.text()
-        for warning in job.estimate.warnings():
+        for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return asyncio.run(run_job(config, job.task, job.evaluation))
+        return "" if dry else asyncio.run(run_job(config, job.task, job.evaluation))
 
 
 def main(args: list[str]) -> int:
     """Exit status: 0 after the last step, 1 for a job that cannot run or that failed, 130 after Ctrl-C."""
-    prepare_environment()
+    words = [arg for arg in args if arg not in ("--dry_run", "--dry-run")]
     try:
-        print(run(args))
-    except (ValueError, CheckpointError, NonFiniteError, ParityError, ProcessLost, WeightTransferError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if {"--help", "-h"} & set(words):
+            print(config_alone().help_text(__doc__))
+            return 0
+        config_alone().check_arguments(words)
+    except ValueError as error:
+        return _failed(error)
+    from torchtitan.experiments.rl.unified import errors
+    from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+
+    prepare_environment()
+    expected = (errors.CheckpointError, errors.NonFiniteError, errors.ParityError, errors.ProcessLost)
+    try:
+        if said := run(words, dry=len(words) < len(args)):
+            print(said)
+    except (ValueError, *expected, errors.WeightTransferError) as error:
+        return _failed(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(error: Exception) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ def threads_of_rank(ranks: int) -> int:
 
 def steps_ahead(config: JobConfig) -> int:
     """Steps that the generators work ahead of the trainer."""
-    queue = config.trajectory_queue
-    return min(queue.max_staleness, queue.capacity or queue.max_staleness)
+    return config.trajectory_queue.max_staleness
 
 
 def versions_kept(config: JobConfig) -> int:

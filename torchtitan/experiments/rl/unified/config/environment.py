@@ -46,7 +46,7 @@ def prepare_environment() -> None:
 
 
 def honour_environment(config: JobConfig, on_gpu: bool) -> None:
-    """Applies VLLM_BATCH_INVARIANT and VLLM_ATTENTION_BACKEND as far as a GPU or a CPU can; says what is used instead.
+    """Applies VLLM_ATTENTION_BACKEND as far as a GPU or a CPU can; says what is used instead.
 
     vLLM 0.32 no longer reads the second variable; here it sets `[generator] attention_backend` unless the TOML does.
     """
@@ -59,5 +59,3 @@ def honour_environment(config: JobConfig, on_gpu: bool) -> None:
             "batch-invariant in trainer and generator",
             file=sys.stderr,
         )
-    if os.environ.get("VLLM_BATCH_INVARIANT") == "0" and config.parity.check != "off":
-        raise ValueError('VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"')

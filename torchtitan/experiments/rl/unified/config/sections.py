@@ -6,7 +6,9 @@
 """The TOML sections this folder adds to torchtitan's JobConfig. Needs the standard library alone."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from .ranges import COUNT, COUNT_OR_NONE, Range, SECONDS, SEED, TEMPERATURE
 
 
 @dataclass
@@ -14,20 +16,20 @@ class RL:
     mode: Literal["unified", "vllm_compat"] = "unified"
     """Whose model generates: TorchTitan's own inside vLLM, or vLLM's own with the trainer reproducing its arithmetic"""
 
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, COUNT] = 16
     """Prompts of one training step"""
 
-    group_size: int = 8
+    group_size: Annotated[int, COUNT] = 8
     """Completions sampled for each prompt"""
 
-    microbatch_tokens: int = 4096
+    microbatch_tokens: Annotated[int, COUNT] = 4096
     """Token budget of one packed microbatch (training.seq_len bounds one sequence, this bounds a batch of them)"""
 
     truncated_completions: Literal["train", "mask", "zero_reward"] = "train"
     """What to do with completions cut off at sampling.max_tokens: train on them like on others, keep their tokens out
     of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0 at most"""
 
-    log_samples: int = 6
+    log_samples: Annotated[int, COUNT_OR_NONE] = 6
     """Completions a step written to samples.jsonl: in turn the best, the worst and a truncated one"""
 
     record_replay: bool = True
@@ -58,16 +60,16 @@ class Data:
 
 @dataclass
 class Sampling:
-    temperature: float = 1.0
+    temperature: Annotated[float, TEMPERATURE] = 1.0
     """Log-probs on both sides are those of the distribution after temperature, top_k and top_p"""
 
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Nucleus sampling; 1 is off"""
 
-    top_k: int = 0
+    top_k: Annotated[int, COUNT_OR_NONE] = 0
     """Sample from the k likeliest tokens; 0 is off"""
 
-    max_tokens: int = 64
+    max_tokens: Annotated[int, COUNT] = 64
     """Longest completion in tokens, EOS included"""
 
     stop: list[str] = field(default_factory=list)
@@ -77,23 +79,23 @@ class Sampling:
 
 @dataclass
 class Evaluation:
-    interval: int = 0
+    interval: Annotated[int, COUNT_OR_NONE] = 0
     """Steps between evaluations on held-out problems; one before the first step and one after the last come with them.
     0: no evaluation"""
 
-    problems: int = 0
+    problems: Annotated[int, COUNT_OR_NONE] = 0
     """Problems of an evaluation, always the same; 0: all there are"""
 
-    samples: int = 1
+    samples: Annotated[int, COUNT] = 1
     """Completions of each problem"""
 
-    k: list[int] = field(default_factory=lambda: [1])
+    k: Annotated[list[int], COUNT] = field(default_factory=lambda: [1])
     """pass@k is estimated for each of these, none above samples (arXiv:2107.03374)"""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, TEMPERATURE] = 0.0
     """Of the completions; 0 takes the likeliest token. What else [sampling] says holds here too"""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the choice of problems and of the completions; apart from the training's"""
 
     reward: str = "gsm8k"
@@ -108,28 +110,28 @@ class Generator:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and KV cache in the engine"""
 
-    replicas: int = 1
+    replicas: Annotated[int, COUNT] = 1
     """Engines that share a step's requests; the bits of a completion do not depend on their number"""
 
-    tensor_parallel_degree: int = 1
+    tensor_parallel_degree: Annotated[int, COUNT] = 1
     """Ranks that share one engine's model"""
 
-    kv_cache_gib: float = 0.25
+    kv_cache_gib: Annotated[float, Range(above=0, most=1e6)] = 0.25
     """KV cache of one rank in GiB"""
 
-    block_size: int = 32
+    block_size: Annotated[int, COUNT] = 32
     """Tokens of one KV cache block"""
 
-    max_num_seqs: int = 128
+    max_num_seqs: Annotated[int, COUNT] = 128
     """Most requests that run at once"""
 
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: Annotated[int, COUNT] = 8192
     """Most tokens of one engine step: the budget of chunked prefill"""
 
     enable_prefix_caching: bool = True
     """Reuse the KV cache of shared prefixes, within one policy version"""
 
-    num_threads: int = 0
+    num_threads: Annotated[int, Range(0, 4096)] = 0
     """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
 
     cores: str = ""
@@ -141,16 +143,16 @@ class Generator:
     cuda_graphs: bool = True
     """On a GPU: replay decode steps as CUDA graphs instead of launching their kernels one by one"""
 
-    timeout_seconds: float = 600
+    timeout_seconds: Annotated[float, SECONDS] = 600
     """Longest wait for one batch of completions"""
 
 
 @dataclass
 class Reward:
-    weights: dict[str, float] = field(default_factory=lambda: {"gsm8k": 1.0})
+    weights: Annotated[dict[str, float], Range(-1e6, 1e6)] = field(default_factory=lambda: {"gsm8k": 1.0})
     """Rewards by name (or dotted path of a function of yours) and their weights; a sample's reward is the sum"""
 
-    timeout_seconds: float = 10
+    timeout_seconds: Annotated[float, SECONDS] = 10
     """Longest time one sample's reward may take"""
 
 
@@ -165,16 +167,16 @@ class PolicyLoss:
     name: str = "grpo"
     """Loss, see loss/"""
 
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Range(0, 1)] = 0.2
     """Lower clip range of the probability ratio"""
 
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Range(0)] = 0.2
     """Upper clip range of the probability ratio"""
 
-    kl_weight: float = 0.0
+    kl_weight: Annotated[float, Range(0, 1e6)] = 0.0
     """Weight of the KL divergence (k3) from the frozen initial policy (model.hf_assets_path); 0 is off, at no cost"""
 
-    tis_cap: float = 2.0
+    tis_cap: Annotated[float, Range(above=0)] = 2.0
     """Largest importance weight of a token that an older policy version sampled"""
 
 
@@ -199,28 +201,25 @@ class WeightSync:
 
 @dataclass
 class Trainer:
-    num_threads: int = 0
+    num_threads: Annotated[int, Range(0, 4096)] = 0
     """CPU threads of one rank; 0: all the cores this machine has, shared by the ranks"""
 
     cores: str = ""
     """CPU cores that the ranks run on, such as "0-3,8"; empty: any"""
 
-    timeout_seconds: float = 600
+    timeout_seconds: Annotated[float, SECONDS] = 600
     """Longest wait for one training step or weight update"""
 
 
 @dataclass
 class TrajectoryQueue:
-    max_staleness: int = 0
+    max_staleness: Annotated[int, COUNT_OR_NONE] = 0
     """Steps the generators work ahead: batch k is sampled under policy version k - max_staleness; 0: they take turns"""
-
-    capacity: int = 0
-    """Most batches that wait for the trainer, which bounds the staleness too; 0: max_staleness"""
 
 
 @dataclass
 class Supervision:
-    max_restarts: int = 3
+    max_restarts: Annotated[int, COUNT_OR_NONE] = 3
     """How often a run starts a lost generator or trainer mesh again before it gives up"""
 
 
@@ -234,3 +233,34 @@ class Cluster:
 
     address: str = "tcp"
     """How those workers reach this process: "tcp" (its host name, any port), or an address like those above"""
+
+
+@dataclass
+class Model:
+    """What torchtitan's [model] is here by default."""
+
+    name: str = ""
+    """Family of the model; empty: config.json's model_type says it"""
+
+    flavor: str = ""
+    """torchtitan's name for the model's shape, to be held against config.json; empty: config.json alone says it"""
+
+
+@dataclass
+class Sections:
+    """All of them, by their names in the TOML."""
+
+    rl: RL = field(default_factory=RL)
+    data: Data = field(default_factory=Data)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    generator: Generator = field(default_factory=Generator)
+    trainer: Trainer = field(default_factory=Trainer)
+    trajectory_queue: TrajectoryQueue = field(default_factory=TrajectoryQueue)
+    supervision: Supervision = field(default_factory=Supervision)
+    cluster: Cluster = field(default_factory=Cluster)
+    weight_sync: WeightSync = field(default_factory=WeightSync)
+    reward: Reward = field(default_factory=Reward)
+    advantage: Advantage = field(default_factory=Advantage)
+    policy_loss: PolicyLoss = field(default_factory=PolicyLoss)
+    parity: Parity = field(default_factory=Parity)

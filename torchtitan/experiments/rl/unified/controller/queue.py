@@ -48,7 +48,7 @@ class TrajectoryQueue:
         if len(ready) > lead:
             raise ValueError(
                 f"the checkpoint at step {version} holds {len(ready)} batches sampled ahead: to go on with it, "
-                "[trajectory_queue] max_staleness and capacity must allow as many"
+                "[trajectory_queue] max_staleness must allow as many"
             )
         self.lead, self.first = lead, version
         self.ready = list(ready)

@@ -5,6 +5,7 @@
 
 """The controller's side of all trainer ranks."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class TrainerMesh:
         limit = self.config.comm.init_timeout_seconds
         answers = await self._call(self._actors.setup.call(), "the trainer to start", limit)
         self.arithmetic = one_arithmetic({f"trainer rank {i}": a for i, (_, (*_, a)) in enumerate(answers.items())})
+        # Started again it goes on from what this run has saved since, not from the step that the run began with.
+        self.config = replace(self.config, checkpoint=replace(self.config.checkpoint, load_step=-1))
         step, state, _ = _rank0(answers)
         return step, state
 

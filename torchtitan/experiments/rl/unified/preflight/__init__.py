@@ -5,15 +5,29 @@
 
 """The one place that says no: what can be known to be wrong with a job before a process is spawned."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator
+from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
+from torchtitan.experiments.rl.unified.config.checks import contradictions, warnings
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.experiments.rl.unified.preflight.batch import check_batch
 from torchtitan.experiments.rl.unified.preflight.cluster import check_cluster
 from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job, JobEstimate
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_checkpoint
-from torchtitan.experiments.rl.unified.preflight.sampling import check_evaluation, check_sampling
+from torchtitan.experiments.rl.unified.preflight.model import (
+    check_arithmetic,
+    check_checkpoint,
+    check_resume,
+    check_vocabulary,
+    model_of_job,
+)
+from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
+from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
+from torchtitan.experiments.rl.unified.rollout.rows import read_rows
 from torchtitan.experiments.rl.unified.rollout.task import Task
 from torchtitan.experiments.rl.unified.weights.checks import check_transport
 
@@ -27,13 +41,13 @@ class Job:
     Attributes:
         task: its prompts and rewards.
         evaluation: its held-out problems.
-        estimate: what it will take.
+        warnings: what is allowed and hardly meant, slow or tight; and what a resume changes.
     """
 
     config: JobConfig
     task: Task
     evaluation: Evaluation
-    estimate: JobEstimate
+    warnings: list[str]
 
     def close(self) -> None:
         """Ends the processes of a user's rewards."""
@@ -45,13 +59,53 @@ def check(config: JobConfig) -> Job:
     """The job, if it can run here; its prompts are loaded and its rewards are there.
 
     Raises:
-        ValueError: says what is wrong, where and what to do.
+        ValueError: a line for each thing that is wrong, where, and what to do. What depends on a thing that is wrong is
+            not looked at.
     """
-    check_checkpoint(config)
-    check_batch(config)
-    check_sampling(config)
-    check_evaluation(config)
-    check_arithmetic(config)
-    check_transport(config)
-    check_cluster(config)
-    return Job(config, Task(config), Evaluation(config), estimate_job(config))
+    problems = contradictions(config)
+
+    def passes(look: Callable[[JobConfig], Any]) -> Any:
+        """What `look` returns, True for nothing; None if it finds a problem."""
+        try:
+            found = look(config)
+        except (ValueError, OSError) as error:
+            problems.append(" ".join(str(error).split()))
+            return None
+        return True if found is None else found
+
+    model = passes(model_of_job)
+    checkpoint = model and passes(check_checkpoint)
+    estimate: JobEstimate | None = None
+    if model:
+        passes(check_arithmetic)
+        passes(check_vocabulary)
+        estimate = passes(estimate_job)
+    if checkpoint:
+        passes(check_resume) and passes(check_settings)
+    passes(check_transport)
+    passes(check_cluster)
+    passes(lambda job: policy_loss(job.policy_loss) and None)
+    task = checkpoint and passes(Task)
+    evaluation = checkpoint and passes(Evaluation)
+    if task:
+        passes(lambda job: check_tokens(job, task))
+    if not task:
+        # Its parts, one by one: each may have a problem of its own.
+        passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
+        passes(lambda job: Rewards(job.reward.weights, timeout_seconds=job.reward.timeout_seconds).close())
+        passes(load_prompts if checkpoint else _read_rows)
+    problems += estimate.refusals() if estimate else []
+    if problems:
+        for part in (task, evaluation):
+            if part:
+                part.close()
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return Job(config, task, evaluation, [*warnings(config), *changed_settings(config), *estimate.warnings()])
+
+
+def _read_rows(config: JobConfig) -> None:
+    """The rows alone, where there is no tokenizer to make prompts of them."""
+    if (name := config.training.dataset) not in QA_DATASETS:
+        raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
+    place = config.training.dataset_path or QA_DATASETS[name]
+    read_rows(place, "train", config.data.question_column, config.data.answer_column)

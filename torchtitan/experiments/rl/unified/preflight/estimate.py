@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torchtitan.experiments.rl.unified.config.checks import cores_of
 from torchtitan.experiments.rl.unified.config.derived import (
     data_parallel_degree,
     engines_share_memory,
@@ -86,13 +87,7 @@ class JobEstimate:
         return sum(group.total for group in self.groups)
 
     def warnings(self) -> list[str]:
-        """What will be slow or tight.
-
-        Raises:
-            ValueError: the job needs more memory than the machine has, even with short completions, or a GPU.
-        """
-        if self.needs_gpu and self.on_host:
-            raise ValueError(f'{self.needs_gpu} needs a GPU, which this machine has not: use "shared_memory"')
+        """What will be slow or tight."""
         found = []
         threads = [group.count * group.threads * group.here for group in self.groups[1:]]
         busiest = sum(threads) if self.overlap else max(threads)
@@ -100,26 +95,37 @@ class JobEstimate:
             found.append(f"{busiest} compute threads run at once on {self.cores} cores: they will wait for each other")
         if not self.on_host:
             return found
-        shares = ", ".join(f"{g.count} x {g.name} {_gib(g.total // g.count)}" for g in self.groups if g.here)
-        least, machine = sum(group.least for group in self.groups), f"this machine has {_gib(self.memory_bytes)}"
-        if least > self.memory_bytes:
-            raise ValueError(
-                f"at least {_gib(least)} of memory are needed, {machine}: use fewer ranks, a smaller model or "
-                f"[generator] kv_cache_gib; at most there would be {shares}; --dry_run prints the parts"
-            )
-        if self.total_bytes > 0.85 * self.memory_bytes:
+        if self._least_bytes <= self.memory_bytes and self.total_bytes > 0.85 * self.memory_bytes:
             found.append(
-                f"up to {_gib(self.total_bytes)} of memory are needed, {machine} ({shares}): a smaller [rl] "
-                "microbatch_tokens or [generator] kv_cache_gib takes less"
+                f"up to {_gib(self.total_bytes)} of memory are needed, this machine has {_gib(self.memory_bytes)} "
+                f"({self._shares()}): a smaller [rl] microbatch_tokens or [generator] kv_cache_gib takes less"
             )
         return found
 
+    def refusals(self) -> list[str]:
+        """What this machine lacks: memory, even if completions are short, or a GPU."""
+        if not self.on_host:
+            return []
+        found = []
+        if self.needs_gpu:
+            found.append(f'{self.needs_gpu} needs a GPU, which this machine has not: use "shared_memory"')
+        if self._least_bytes > self.memory_bytes:
+            found.append(
+                f"at least {_gib(self._least_bytes)} of memory are needed, this machine has {_gib(self.memory_bytes)}: "
+                f"use fewer ranks, a smaller model or [generator] kv_cache_gib; at most there would be {self._shares()}"
+                "; --dry_run prints the parts"
+            )
+        return found
+
+    @property
+    def _least_bytes(self) -> int:
+        return sum(group.least for group in self.groups)
+
+    def _shares(self) -> str:
+        return ", ".join(f"{g.count} x {g.name} {_gib(g.total // g.count)}" for g in self.groups if g.here)
+
     def text(self) -> str:
-        """The plan as lines to print, with what speaks against it on this machine."""
-        try:
-            remarks = self.warnings()
-        except ValueError as error:
-            remarks = [str(error)]
+        """The plan as lines to print."""
         lines = []
         for group in self.groups:
             parts = ", ".join(f"{name} {_gib(size)}" for name, size in group.memory.items() if size)
@@ -131,7 +137,7 @@ class JobEstimate:
         lines.append(
             ("memory", f"up to {_gib(self.total_bytes)} of {_gib(self.memory_bytes)}, {self.cores} cores{where}")
         )
-        lines = [*self.facts[:1], *lines, *self.facts[1:], *(("warning", remark) for remark in remarks)]
+        lines = [*self.facts[:1], *lines, *self.facts[1:]]
         return "\n".join(f"{name:<32}{text}" for name, text in lines)
 
 
@@ -238,8 +244,7 @@ def _threads(threads: int, cores: str, ranks: int) -> int:
     """CPU threads of each of `ranks` processes that share the cores named ("0-3,8"), or all that there are."""
     if threads or not cores:
         return threads or threads_of_rank(ranks)
-    bounds = [[int(number) for number in part.split("-")] for part in cores.split(",")]
-    return max(1, sum(bound[-1] - bound[0] + 1 for bound in bounds) // ranks)
+    return max(1, len(cores_of(cores)) // ranks)
 
 
 def _layout(config: JobConfig) -> str:
@@ -267,8 +272,8 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{model_of_job(config).family.name} of {config.model.hf_assets_path}, {parameters:,} parameters, {rl.mode} "
-            f"mode, on the {device}",
+            f"{model_of_job(config).family.name} {config.model.flavor or 'of ' + config.model.hf_assets_path}, "
+            f"{parameters:,} parameters, {rl.mode} mode, on the {device}",
         ),
         ("a step", f"{rl.prompts_per_step} prompts x {rl.group_size} completions = {completions} completions"),
         (

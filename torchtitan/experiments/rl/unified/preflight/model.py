@@ -7,6 +7,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -37,8 +38,6 @@ def check_checkpoint(config: JobConfig) -> None:
             f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
             "updated in place cannot be; download the unquantised checkpoint"
         )
-    if config.checkpoint.enable:
-        check_resume(config)
 
 
 def check_resume(config: JobConfig) -> None:
@@ -48,14 +47,10 @@ def check_resume(config: JobConfig) -> None:
         ValueError: says which setting to change, or what differs.
     """
     settings = config.checkpoint
+    if not settings.enable:
+        return
     if settings.async_mode == "async_with_pinned_mem" and this_device().in_host_memory:
         raise ValueError('[checkpoint] async_mode "async_with_pinned_mem" needs an accelerator; here use "async"')
-    if settings.keep_latest_k == 1:
-        raise ValueError("[checkpoint] keep_latest_k 1 would leave none while one is written; use 2 or more, or 0: all")
-    if settings.interval < 1:
-        raise ValueError(f"[checkpoint] interval {settings.interval}: it is a number of steps, at least 1")
-    if settings.last_save_in_hf and not settings.last_save_model_only:
-        raise ValueError("[checkpoint] last_save_in_hf holds weights alone: set last_save_model_only = true too")
     start = find_start(config)
     for note in start.notes:
         logger.warning(note)
@@ -73,6 +68,27 @@ def check_resume(config: JobConfig) -> None:
         check_model(Path(path), model.build())
 
 
+def check_vocabulary(config: JobConfig) -> None:
+    """The model's vocabulary and cache fit the settings that count them.
+
+    Raises:
+        ValueError: says which is too large or too small.
+    """
+    sizes = model_of_job(config).geometry
+    if config.sampling.top_k > sizes.vocabulary:
+        raise ValueError(
+            f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {sizes.vocabulary} tokens; 0 is off"
+        )
+    engine, blocks = config.generator, math.ceil(config.training.seq_len / config.generator.block_size)
+    itemsize, heads = getattr(torch, engine.dtype).itemsize, max(1, sizes.kv_heads // engine.tensor_parallel_degree)
+    needed = blocks * engine.block_size * sizes.layers * 2 * heads * sizes.head_size * itemsize / 2**30
+    if engine.kv_cache_gib < needed:
+        raise ValueError(
+            f"[generator] kv_cache_gib = {engine.kv_cache_gib:g} does not hold one sequence of [training] seq_len "
+            f"{config.training.seq_len} tokens, which takes {needed:.3g}: raise the one or lower the other"
+        )
+
+
 def check_arithmetic(config: JobConfig) -> None:
     """What the job asks for can be computed batch-invariantly, unless parity is off.
 
@@ -80,38 +96,20 @@ def check_arithmetic(config: JobConfig) -> None:
         ValueError: names the module, head size or setting that is not covered.
     """
     degrees, device = config.parallelism, this_device()
-    for key in ("context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
-        if getattr(degrees, key) > 1:
-            raise ValueError(f"[parallelism] {key} = {getattr(degrees, key)}: policies here have no such split; use 1")
     policy = model_of_job(config)
     for section in ("parallelism", "generator"):
         try:
             policy.family.check_parallel(policy.args, getattr(config, section).tensor_parallel_degree)
         except ValueError as error:
             raise ValueError(f"[{section}] {error}") from None
-    training = config.training
     if config.parity.check == "off":
         return
-    if config.generator.dtype != training.mixed_precision_param:
-        raise ValueError(
-            f"[generator] dtype {config.generator.dtype} is not what the trainer computes in, [training] "
-            f'mixed_precision_param {training.mixed_precision_param}; [parity] check = "off" allows it'
-        )
-    if config.generator.tensor_parallel_degree != degrees.tensor_parallel_degree:
-        raise ValueError(
-            f"[generator] tensor_parallel_degree {config.generator.tensor_parallel_degree} and [parallelism] "
-            f"tensor_parallel_degree {degrees.tensor_parallel_degree} sum in different orders; make them equal, or set "
-            '[parity] check = "off"'
-        )
     if (
         config.rl.mode == "vllm_compat"
         and degrees.tensor_parallel_degree > 1
         and not device.tensor_parallel_vllm_compat
     ):
         raise ValueError('[rl] mode = "vllm_compat" is not tensor parallel on a GPU; use mode = "unified"')
-    if config.model.converters or config.compile.enable:
-        setting = "[model] converters" if config.model.converters else "[compile] enable"
-        raise ValueError(f'{setting} changes the arithmetic in the trainer alone; [parity] check = "off" allows it')
     with torch.device("meta"):
         model = policy.build()
     check_supported(model)

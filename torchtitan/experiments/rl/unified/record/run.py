@@ -8,7 +8,6 @@
 import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import closing, ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -43,7 +42,7 @@ class RunRecord:
 
     def __enter__(self) -> "RunRecord":
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_toml(self.config, self.folder / "config.toml")
+        _write_config(self.config, self.folder)
         write_provenance(self.config, self.folder / "provenance.json", self.first_step)
         steps = self.config.training.steps
         with ExitStack() as stack:
@@ -136,13 +135,8 @@ def set_aside(config: JobConfig) -> Path | None:
     """Renames the job's folder if it holds a run that this one does not go on with; returns its new name.
 
     Raises:
-        ValueError: this one goes on with it, and its metrics or samples cannot be read (names file and line); or it is
-            to log to Weights & Biases, which is not installed.
+        ValueError: this one goes on with it, and its metrics or samples cannot be read (names file and line).
     """
-    if config.metrics.enable_wandb and find_spec("wandb") is None:
-        raise ValueError(
-            "[metrics] enable_wandb: there is no package wandb; install it (pip install wandb) or turn it off"
-        )
     folder = Path(config.job.dump_folder)
     if config.checkpoint.enable and (folder / config.checkpoint.folder).exists():
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -156,6 +150,18 @@ def set_aside(config: JobConfig) -> Path | None:
         number += 1
     folder.rename(aside)
     return aside
+
+
+def _write_config(config: JobConfig, folder: Path) -> None:
+    """Writes config.toml; what an earlier start was told otherwise is kept as config.1.toml, config.2.toml ..."""
+    file, draft = folder / "config.toml", folder / "config.toml.tmp"
+    write_toml(config, draft)
+    if file.exists() and file.read_text(encoding="utf-8") != draft.read_text(encoding="utf-8"):
+        number = 1
+        while (kept := folder / f"config.{number}.toml").exists():
+            number += 1
+        file.rename(kept)
+    draft.rename(file)
 
 
 def _until(step: int, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

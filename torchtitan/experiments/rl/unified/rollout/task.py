@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator
+from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator, share_without_signal
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.messages import completion_seed, Request, Scored, Trajectory
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, Prompt
@@ -61,7 +61,8 @@ class Task:
             # Being cut off must not raise a reward, either: a penalty (soft_overlong) stays.
             rewards = [replace(r, total=min(r.total, 0.0)) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
-        return Scored(rewards, self.estimate(rewards_PG).flatten(), [(i.prompt, i.answer) for i in inputs])
+        asked = [(i.prompt, i.answer) for i in inputs]
+        return Scored(rewards, self.estimate(rewards_PG).flatten(), asked, share_without_signal(rewards_PG))
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"

@@ -41,6 +41,7 @@ from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatche
 from torchtitan.experiments.rl.unified.trainer.parallelize import MasterParallelDims, parallelize_policy
 from torchtitan.experiments.rl.unified.trainer.parity import compare
 from torchtitan.experiments.rl.unified.trainer.reference import ReferencePolicy
+from torchtitan.experiments.rl.unified.trainer.settings import kept_settings
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.protocols import train_spec
@@ -51,6 +52,9 @@ class StepMetrics(MetricsProcessor):
     """torchtitan's metrics processor, keeping the last step's figures for whoever drives the trainer."""
 
     last: dict[str, float]
+
+    def should_log(self, step: int) -> bool:
+        return True
 
     def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None) -> None:
         self.last = {"loss": float(global_avg_loss), "grad_norm": float(grad_norm), "lr": float(extra_metrics["lr"])}
@@ -109,10 +113,11 @@ class RLTrainer(Trainer):
             self._load_from(initial, model_only=True)
             self.reference = ReferencePolicy(self.model_parts[0])
         # CheckpointManager.load starts from random weights where its folder exists and holds nothing whole.
-        if start.saved:
-            self._load_from(str(start.saved.path), model_only=False)
-        else:
-            self._load_from(initial, config.initial_load_model_only)
+        with kept_settings(self.optimizers, self.lr_schedulers):
+            if start.saved:
+                self._load_from(str(start.saved.path), model_only=False)
+            else:
+                self._load_from(initial, config.initial_load_model_only)
 
     def close(self) -> None:
         """Waits for a checkpoint that is still being written, and ends upstream's threads."""

@@ -1,0 +1,230 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Every key of the job config: honoured or refused by name, held to its range, and decided upon on a resume."""
+
+import copy
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import tomllib
+import typing
+from pathlib import Path
+from types import UnionType
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from torchtitan.experiments.rl.unified import config as config_room
+from torchtitan.experiments.rl.unified.config.checks import CHECKS
+from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, write_toml
+from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
+from torchtitan.experiments.rl.unified.config.schema import keys_of, numbers
+from torchtitan.experiments.rl.unified.config.sections import Sections
+from torchtitan.experiments.rl.unified.preflight import check
+from torchtitan.experiments.rl.unified.preflight.model import model_of_job
+from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.record.run import RunRecord
+from transformers import AutoTokenizer
+
+KEYS = keys_of(JobConfig)
+OWN = keys_of(Sections)
+PACKAGE = Path(config_room.__file__).parents[1]
+
+
+def named(path: str, table) -> list[str]:
+    """The entries of a table of keys and sections that stand for `path`."""
+    return [name for name in table if path == name or path.startswith(f"{name}.")]
+
+
+def test_each_key_of_torchtitans_is_honoured_or_refused():
+    honoured = {f"{section}.{key}" for section, keys in HONOURED.items() for key in keys}
+    undecided = [p for p in KEYS if p not in OWN and (p in honoured) + len(named(p, REFUSED)) != 1]
+    assert undecided == []
+    assert honoured <= KEYS.keys() and all(any(named(path, [name]) for path in KEYS) for name in REFUSED)
+    assert SAME.keys() <= REFUSED.keys() and set(REQUIRED) <= KEYS.keys() and TORCHTITAN.keys() <= honoured
+
+
+def test_each_key_of_our_own_is_read():
+    code = "\n".join(
+        file.read_text(encoding="utf-8")
+        for file in PACKAGE.rglob("*.py")
+        if file.name not in ("sections.py", "keys.py")
+    )
+    assert [path for path in OWN if not re.search(rf"\.{path.split('.')[-1]}\b", code)] == []
+
+
+def test_a_resume_decides_about_each_key():
+    honoured = [path for path, key in KEYS.items() if not key.refused]
+    assert [path for path in honoured if len(named(path, FIXED)) + len(named(path, APPLIED)) != 1] == []
+    assert all(any(named(path, [name]) for path in honoured) for name in (*FIXED, *APPLIED))
+
+
+def test_what_a_check_reads_are_keys():
+    assert all(any(path.startswith(prefix) for path in KEYS) for reads in CHECKS.values() for prefix in reads)
+
+
+def another(key) -> str | None:
+    """A value as a word that is of the key's type and not its default; None for a type that words cannot give."""
+    hint = key.hint
+    if typing.get_origin(hint) in (UnionType, typing.Union):
+        hint = next((part for part in typing.get_args(hint) if part is str), typing.get_args(hint)[0])
+    if typing.get_origin(hint) is typing.Literal:
+        return next((choice for choice in typing.get_args(hint) if choice != key.default), None)
+    if typing.get_origin(hint) is list:
+        return '[["a"]]' if typing.get_args(hint)[0] is not str else "a"
+    return {bool: str(not key.default).lower(), int: "7", float: "0.7", str: "other"}[hint]
+
+
+def test_a_refused_key_is_refused_by_name_unless_it_has_its_default():
+    for path, key in KEYS.items():
+        if key.refused and (word := another(key)) is not None:
+            with pytest.raises(ValueError, match=rf"^--{path} = .*, which this trainer does not honour: [\w-]+"):
+                load_job_config([f"--{path}={word}"])
+    defaults = [f"--{p}={k.default}" for p, k in KEYS.items() if k.refused and isinstance(k.default, (bool, int, str))]
+    assert len(defaults) > 40
+    load_job_config(defaults)
+    load_job_config(["--metrics.log_freq", "1"])
+
+
+def test_defaults_are_in_their_ranges():
+    out = [p for p, key in KEYS.items() if key.range and any(n not in key.range for n in numbers(key.default))]
+    assert out == []
+
+
+# What a number means where it is not the usual thing, and is fine: "off", "all", "any", or a bound that never binds.
+FINE = {
+    "optimizer.lr": ("0",),  # The policy stays as it is; there is a warning.
+    "optimizer.beta1": ("0",),
+    "optimizer.beta2": ("0",),
+    "optimizer.weight_decay": ("0",),
+    "lr_scheduler.warmup_steps": ("0",),
+    "lr_scheduler.decay_ratio": ("0",),
+    "checkpoint.keep_latest_k": ("0",),
+    "comm.trace_buf_size": ("0",),
+    "debug.seed": ("0",),
+    "rl.log_samples": ("0",),
+    "policy_loss.clip_low": ("0",),
+    "policy_loss.clip_high": ("0",),
+    "supervision.max_restarts": ("0",),
+    "reward.weights": ("-1",),  # A penalty.
+    # A number as a template's argument is the template's business.
+    "data.template_kwargs": ("-1", "0", "1e30"),
+}
+
+
+@pytest.fixture
+def small_job(tmp_path, monkeypatch) -> list[str]:
+    """Flags of a job whose preflight takes a moment: few rows, and a tokenizer that is read once."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "What is 1 plus 1?", "answer": "#### 2"}) + "\n", encoding="utf-8")
+    flags = ["--training.dataset=local", f"--training.dataset_path={rows}", f"--evaluation.dataset_path={rows}"]
+    return [*flags, f"--job.dump_folder={tmp_path / 'run'}"]
+
+
+def is_numeric(hint) -> bool:
+    return hint in (int, float) or any(is_numeric(part) for part in typing.get_args(hint))
+
+
+def test_a_number_that_means_nothing_is_refused_before_anything_starts(small_job):
+    """Every numeric key at five odd values, through all that is looked at before a process is spawned."""
+    accepted: dict[str, list[str]] = {}
+    for path, key in KEYS.items():
+        if not is_numeric(key.hint):
+            continue
+        entry = {"reward.weights": ".gsm8k", "data.template_kwargs": ".x"}.get(path, "")
+        for word in ("-1", "0", "nan", "inf", "1e30"):
+            if word in (str(key.default), f"[{key.default}]") or (key.default == 0 and word == "0"):
+                continue
+            try:
+                check(load_job_config([*small_job, f"--{path}{entry}={word}"])).close()
+            except ValueError as error:
+                assert str(error)
+            else:
+                accepted.setdefault(path, []).append(word)
+    assert accepted == {path: list(words) for path, words in FINE.items()}
+
+
+@pytest.fixture
+def run_before(tmp_path) -> list[str]:
+    """Flags of a job that goes on with a run: its config.toml and a whole checkpoint of it are there."""
+    flags = [f"--job.dump_folder={tmp_path / 'run'}", "--checkpoint.enable", "--policy_loss.kl_weight=0.1"]
+    config = load_job_config(flags)
+    state = dict(model_of_job(config).build().state_dict())
+    checkpoint = tmp_path / "run" / "checkpoint" / "step-3"
+    dcp.save(state | {"train_state": {"step": 3}}, checkpoint_id=checkpoint, no_dist=True)
+    write_toml(config, tmp_path / "run" / "config.toml")
+    return flags
+
+
+def changed(config: JobConfig, key) -> JobConfig:
+    """The config with another value for a key, of its type."""
+    section, name = key.path.split(".")
+    config = copy.deepcopy(config)
+    now = getattr(getattr(config, section), name)
+    word = another(dataclasses.replace(key, default=now)) if not isinstance(now, dict) else None
+    value = {"x": 1.0} if word is None else word
+    hint = next((part for part in (bool, int, float) if is_a(key.hint, part)), str)
+    if isinstance(now, list):
+        value = [7] if is_numeric(key.hint) else ["a"]
+    elif hint is bool:
+        value = not now
+    elif word is not None and hint is not str:
+        value = hint(word)
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+def is_a(hint, part) -> bool:
+    return hint is part or (typing.get_origin(hint) is not typing.Literal and part in typing.get_args(hint))
+
+
+def test_a_resume_applies_or_refuses_each_key(run_before):
+    """One run, and for each key a job that goes on with it and sets that key otherwise."""
+    config = load_job_config(run_before)
+    check_settings(config)
+    assert changed_settings(config) == []
+    for path, key in KEYS.items():
+        # What says where the run is, and whether there is a checkpoint to go on from, leads elsewhere.
+        if key.refused or path in ("job.dump_folder", "checkpoint.enable", "checkpoint.folder", "checkpoint.load_step"):
+            continue
+        resumed = changed(config, key)
+        if path in FIXED:
+            with pytest.raises(ValueError, match=rf"^{path} is .*, and was .*: .* Set it back, or begin another run"):
+                check_settings(resumed)
+        else:
+            check_settings(resumed)
+            told = [] if path.startswith(("job.", "checkpoint.initial_load")) else [path]
+            assert [line.split()[3] for line in changed_settings(resumed)] == told
+
+
+def test_another_tokenizer_is_allowed_without_a_reference_policy(run_before, tmp_path):
+    copied = shutil.copytree(load_job_config([]).model.hf_assets_path, tmp_path / "moved")
+    config = load_job_config([*run_before, "--policy_loss.kl_weight=0", f"--model.hf_assets_path={copied}"])
+    check_settings(config)
+    assert [line.split()[3] for line in changed_settings(config)] == ["model.hf_assets_path", "policy_loss.kl_weight"]
+
+
+def test_a_state_taken_from_another_run_is_held_to_that_runs_settings(run_before, tmp_path):
+    flags = ["--checkpoint.no_initial_load_model_only", "--rl.group_size=4", f"--job.dump_folder={tmp_path / 'other'}"]
+    flags = [*flags, f"--checkpoint.initial_load_path={tmp_path / 'run' / 'checkpoint' / 'step-3'}"]
+    with pytest.raises(ValueError, match="^rl.group_size is 4, and was 8 in the run"):
+        check_settings(load_job_config([*run_before, *flags]))
+    check_settings(load_job_config([*run_before, *flags, "--checkpoint.initial_load_model_only"]))
+
+
+def test_the_config_of_each_start_is_kept(tmp_path):
+    flags = [f"--job.dump_folder={tmp_path / 'run'}", "--metrics.no_enable_tensorboard", "--optimizer.lr"]
+    for rate in ("1e-4", "1e-5", "1e-5", "1e-6"):
+        with RunRecord(load_job_config([*flags, rate])):
+            pass
+    rates = {
+        file.name: tomllib.loads(file.read_text(encoding="utf-8"))["optimizer"]["lr"]
+        for file in (tmp_path / "run").glob("*.toml")
+    }
+    assert rates == {"config.1.toml": 1e-4, "config.2.toml": 1e-5, "config.toml": 1e-6}
