@@ -21,6 +21,18 @@ from torchtitan.experiments.rl.unified.errors import (
     NonFiniteError,
     ParityError,
     ProcessLost,
+    TrainerFailed,
+    WeightTransferError,
+)
+
+# What a user is told in one line.
+FAILURES = (
+    ValueError,
+    CheckpointError,
+    NonFiniteError,
+    ParityError,
+    ProcessLost,
+    TrainerFailed,
     WeightTransferError,
 )
 
@@ -50,7 +62,7 @@ def main(args: list[str]) -> int:
     prepare_environment()
     try:
         print(run(args))
-    except (ValueError, CheckpointError, NonFiniteError, ParityError, ProcessLost, WeightTransferError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import torch
 from torchtitan.experiments.rl.unified.config.derived import (
     data_parallel_degree,
     engines_share_memory,
+    past_versions,
     steps_ahead,
     threads_of_rank,
     trainer_ranks,
@@ -209,6 +210,7 @@ def _trainer(config: JobConfig, parameters: int) -> ProcessGroup:
             "gradients": stored,
             "optimizer": states * stored,
             "reference policy": stored if config.policy_loss.kl_weight else 0,
+            "past versions": stored * past_versions(config),
             "activations": layers // tensor_parallel,
             "logits": logits,
             "weights on their way": sent * copies // ranks,
@@ -281,7 +283,8 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
         ("a microbatch", f"at most {rl.microbatch_tokens:,} tokens of one trainer rank"),
         (
             "steps",
-            f"{config.training.steps:,}, generators work {steps_ahead(config)} ahead; parity check: {config.parity.check}",
+            f"{config.training.steps:,}, generators work {steps_ahead(config)} ahead; parity check: "
+            f"{config.parity.check}",
         ),
         ("checkpoints", saved),
         ("outputs", config.job.dump_folder),

@@ -99,6 +99,8 @@ def check_arithmetic(config: JobConfig) -> None:
             f"[training] dtype {training.dtype} with mixed_precision_param {training.mixed_precision_param} takes FSDP "
             "([parallelism] data_parallel_shard_degree above 1); without it make the two equal"
         )
+    if not 0 < config.parity.stale_share <= 1:
+        raise ValueError(f"[parity] stale_share = {config.parity.stale_share}: it must be above 0 and at most 1, all")
     if config.parity.check == "off":
         return
     if config.generator.dtype != training.mixed_precision_param:

@@ -5,8 +5,13 @@
 
 """The claim of this experiment, checked: each sampled token's log-prob is the same bits in generator and trainer."""
 
+import hashlib
+from collections.abc import Iterable
+
 import torch
-from torchtitan.experiments.rl.unified.messages import ParityReport
+from torchtitan.experiments.rl.unified.errors import ParityError
+from torchtitan.experiments.rl.unified.messages import ParityReport, Trajectory
+from torchtitan.experiments.rl.unified.trainer.packing import Microbatch
 
 
 def compare(generator_T: torch.Tensor, trainer_T: torch.Tensor, where) -> ParityReport:
@@ -23,10 +28,62 @@ def compare(generator_T: torch.Tensor, trainer_T: torch.Tensor, where) -> Parity
     if not mismatched:
         return ParityReport(tokens_compared=len(generator_T))
     first = int(differs_T.nonzero()[0])
-    difference = (generator_T - trainer_T).abs().nan_to_num(nan=torch.inf).max()
+    difference = (generator_T - trainer_T).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
     return ParityReport(
         len(generator_T),
         mismatched,
         float(difference),
         f"{where(first)}: generator {generator_T[first].item()!r}, trainer {trainer_T[first].item()!r}",
     )
+
+
+def compare_microbatch(
+    step: int, trajectories: list[Trajectory], microbatch: Microbatch, trainer_N: torch.Tensor, of_N: torch.Tensor
+) -> ParityReport:
+    """Compares the microbatch's sampled tokens where `of_N`.
+
+    Args:
+        step: that they are trained on in.
+        trajectories: of the whole step.
+        trainer_N: fp32 (sampled tokens,), the trainer's log-probs under the weights that sampled them.
+        of_N: bool (sampled tokens,).
+    """
+
+    def where(token: int) -> str:
+        rows = torch.arange(microbatch.labels.shape[1], device=microbatch.labels.device)[None]
+        row = int(microbatch.sampled(rows)[of_N][token])
+        sequence = int(torch.searchsorted(microbatch.cu_seqlens, row, right=True)) - 1
+        trajectory = trajectories[microbatch.trajectories[sequence]]
+        position = int(microbatch.positions[0, row]) + 1
+        return (
+            f"step {step}, prompt {trajectory.request.uid!r} sample {trajectory.request.sample}, "
+            f"position {position} (policy version {trajectory.policy_version})"
+        )
+
+    return compare(microbatch.sampled(microbatch.generator_logprobs)[of_N], trainer_N[of_N], where)
+
+
+def stop_at_mismatch(report: ParityReport) -> None:
+    """Raises ParityError if a token of `report` differs."""
+    if report.mismatched_tokens:
+        raise ParityError(
+            f"{report.mismatched_tokens} of {report.tokens_compared} sampled tokens have another log-prob in the "
+            f"trainer than in the generator; first at {report.first}. Look for a weight update that did not reach "
+            'the generator, or an operation that is not row-invariant; [parity] check = "report" only counts'
+        )
+
+
+def checked_share(step: int, trajectories: list[Trajectory], indices: Iterable[int], share: float) -> set[int]:
+    """Which of the trajectories at `indices` are checked if `share` of them are to be; one at least.
+
+    A hash of step, prompt and sample decides: every rank, and the run again, chooses the same.
+    """
+
+    def place(index: int) -> float:
+        request = trajectories[index].request
+        digest = hashlib.blake2b(f"{step}/{request.uid}/{request.sample}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    places = {index: place(index) for index in indices}
+    least = min(places, key=places.__getitem__, default=None)
+    return {index for index, value in places.items() if value < share or index == least}

@@ -120,8 +120,9 @@ def headline(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         ends = [values[0], values[-1]] if len(values) > 1 else values
         remark = "held out, " + (f"steps {ends[0][0]} and {ends[1][0]}" if len(ends) > 1 else f"step {ends[0][0]}")
         found.append((_name(key), " \u2192 ".join(f"{value:.3f}" for _, value in ends), remark))
-    compared, mismatched = (sum(m.get(key, 0) for m in metrics) for key in ("tokens_compared", "mismatched_tokens"))
-    remark = f"of {compared:,} sampled tokens differ between generator and trainer"
+    names = ("mismatched_tokens", "tokens_compared", "tokens_sampled")
+    mismatched, compared, sampled = (sum(m.get(name, 0) for m in metrics) for name in names)
+    remark = f"sampled tokens differ between generator and trainer, compared {compared:,} of {sampled:,}"
     found.append(("Parity", f"{mismatched:,}", remark if compared else "no tokens were compared"))
     seconds = sum(m.get("seconds", 0.0) for m in metrics)
     found.append(("Steps", f"{metrics[-1]['step']:,}", f"{_duration(seconds)}, {seconds / len(metrics):.2f} s a step"))
