@@ -116,15 +116,22 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        *(("log-prob", layout) for layout in LAYOUTS),
+        ("loss", "DDP 2"),
+        *(("beside a collective", layout) for layout in ("FSDP 2", "TP 2")),
+        ("send of weights", "FSDP 2"),
+    ],
+)
 def test_what_one_rank_sees_ends_the_job_at_once(kind, layout, tmp_path):
     """Proves it for what ranks agree on and for what leaves the other rank in a collective; no restart is tried."""
     breaks, complaint, steps = FAULTS[kind]
     command = [sys.executable, "-c", breaks + FAULTY_RANK, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
     command += [*LAYOUTS[layout], "--training.steps", "4", "--checkpoint.enable", "--checkpoint.interval", "1"]
     environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stderr
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(rf"error: {complaint}.*", error), error

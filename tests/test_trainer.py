@@ -171,7 +171,7 @@ def test_every_token_is_compared_up_to_the_staleness_that_is_allowed(build):
         batches.append(sample(trainer, seed=step + 1))
 
 
-def test_a_forgotten_update_is_a_mismatch_of_stale_tokens_too(build):
+def test_a_forgotten_update_is_a_mismatch_of_stale_tokens_too(build, tmp_path):
     trainer = build(*FAST, "--trajectory_queue.max_staleness", "1")
     first = sample(trainer)
     trainer.step_on(first, ADVANTAGES)
@@ -182,6 +182,11 @@ def test_a_forgotten_update_is_a_mismatch_of_stale_tokens_too(build):
     with pytest.raises(ParityError, match=r"first at step 3, prompt 'prompt 0' sample 0, position 3 .*version 1\)"):
         trainer.step_on(forgotten, ADVANTAGES)
     assert equal(weights(trainer), before), "the current weights are back in place"
+    left = torch.load(tmp_path / "parity_step_3.pt")
+    assert [t["completion_ids"] for t in left["trajectories"]] == [t.completion_ids for t in first]
+    assert left["threads"] == torch.get_num_threads() and left["machine"]["cpu_flags"]
+    for trajectory, logprobs_T in zip(left["trajectories"], left["trainer_logprobs"], strict=True):
+        assert not torch.equal(trajectory["logprobs"], logprobs_T)
 
 
 def test_weights_that_are_gone_are_no_comparison_and_are_counted(build):
@@ -235,9 +240,9 @@ def test_stale_tokens_outside_the_current_filter_leave_the_loss_and_its_divisor(
     now_N, generator_N = logprobs(trainer, old), torch.cat([t.logprobs for t in old])
     kept_N = now_N.detach().isfinite()
     assert 0 < int(kept_N.sum()) < COUNT, "the policy has moved too little or too far to tell"
-    weight_N = (now_N.detach() - generator_N).exp().clamp(max=2.0)
-    loss_N = -weight_N * ADVANTAGES * (now_N - now_N.detach()).exp()
-    loss = loss_N[kept_N].mean()
+    now_K = now_N[kept_N]
+    weight_K = (now_K.detach() - generator_N[kept_N]).exp().clamp(max=2.0)
+    loss = (-weight_K * ADVANTAGES[kept_N] * (now_K - now_K.detach()).exp()).mean()
     kl_N = (unfiltered(trainer, old) - then_N).exp() - 1 - (unfiltered(trainer, old) - then_N)
     expected = float(loss.detach()), norm_of(trainer, loss)
 

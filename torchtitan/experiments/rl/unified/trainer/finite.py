@@ -10,8 +10,26 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed.utils import dist_sum
 from torchtitan.experiments.rl.unified.errors import NonFiniteError
 from torchtitan.experiments.rl.unified.messages import Trajectory
+
+
+def step_figures(losses: list[torch.Tensor], model: nn.Module, mesh: DeviceMesh | None) -> dict[str, float]:
+    """Loss and gradient norm of a step after its last backward pass, on every rank; collective.
+
+    Args:
+        losses: of this rank's microbatches.
+        model: holds the gradients.
+        mesh: of the ranks that `losses` are summed over; None: this one alone.
+    """
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return {"loss": dist_sum(torch.stack(losses).sum(), mesh), "grad_norm": float(norm)}
 
 
 def stop_unless_finite(

@@ -5,12 +5,15 @@
 
 """The claim of this experiment, checked: each sampled token's log-prob is the same bits in generator and trainer."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torchtitan.experiments.rl.unified.errors import ParityError
 from torchtitan.experiments.rl.unified.messages import ParityReport, Trajectory
+from torchtitan.experiments.rl.unified.record.provenance import machine, versions
 from torchtitan.experiments.rl.unified.trainer.packing import Microbatch
 
 
@@ -63,14 +66,44 @@ def compare_microbatch(
     return compare(microbatch.sampled(microbatch.generator_logprobs)[of_N], trainer_N[of_N], where)
 
 
-def stop_at_mismatch(report: ParityReport) -> None:
-    """Raises ParityError if a token of `report` differs."""
-    if report.mismatched_tokens:
-        raise ParityError(
-            f"{report.mismatched_tokens} of {report.tokens_compared} sampled tokens have another log-prob in the "
-            f"trainer than in the generator; first at {report.first}. Look for a weight update that did not reach "
-            'the generator, or an operation that is not row-invariant; [parity] check = "report" only counts'
-        )
+def stop_at_mismatch(
+    report: ParityReport, folder: str, step: int, trajectories: list[Trajectory], trainer_N: torch.Tensor
+) -> None:
+    """Raises ParityError if a token of `report` differs, and leaves what it takes to look for the cause in a file.
+
+    `<folder>/parity_step_N.pt` (`parity_step_N_rank_R.pt` of ranks above 0) holds plain values, for `torch.load`: the
+    completions of the microbatch with the generator's log-probs, the trainer's, threads, versions and machine.
+
+    Args:
+        report: of the microbatch.
+        folder: of the run.
+        trajectories: of the microbatch.
+        trainer_N: fp32 (sampled tokens,), the trainer's log-probs of all of them.
+    """
+    if not report.mismatched_tokens:
+        return
+    rank = torch.distributed.get_rank()
+    path = Path(folder).absolute() / (f"parity_step_{step}_rank_{rank}.pt" if rank else f"parity_step_{step}.pt")
+    found = {
+        "step": step,
+        "first": report.first,
+        "trajectories": [dataclasses.asdict(trajectory) for trajectory in trajectories],
+        "trainer_logprobs": list(trainer_N.cpu().split([len(t.completion_ids) for t in trajectories])),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, path)
+        where = f"both sides are in {path}"
+    except (OSError, RuntimeError) as error:
+        where = f"{path} could not be written: {error}"
+    raise ParityError(
+        f"{report.mismatched_tokens} of {report.tokens_compared} sampled tokens have another log-prob in the "
+        f"trainer than in the generator; first at {report.first}. Look for a weight update that did not reach "
+        'the generator, or an operation that is not row-invariant; [parity] check = "report" only counts; ' + where
+    )
 
 
 def checked_share(step: int, trajectories: list[Trajectory], indices: Iterable[int], share: float) -> set[int]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, tis_weight
@@ -21,7 +20,7 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices.mode import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.messages import ParityReport, StepResult, TokenStats, Trajectory
 from torchtitan.experiments.rl.unified.trainer.checkpointing import CheckpointedTrainer
-from torchtitan.experiments.rl.unified.trainer.finite import stop_unless_finite
+from torchtitan.experiments.rl.unified.trainer.finite import step_figures, stop_unless_finite
 from torchtitan.experiments.rl.unified.trainer.kept_weights import KeptWeights, PastVersions
 from torchtitan.experiments.rl.unified.trainer.logprobs import SamplingDistribution
 from torchtitan.experiments.rl.unified.trainer.packing import assign_microbatches, Microbatch, pack
@@ -99,9 +98,7 @@ class RLTrainer(CheckpointedTrainer):
         """
         with self.verdict.agreed():
             if newer := [t.policy_version for t in trajectories if t.policy_version > self.step]:
-                raise ValueError(
-                    f"trajectories of policy version {max(newer)} reached a trainer at version {self.step}"
-                )
+                raise ValueError(f"policy version {max(newer)} reached a trainer at version {self.step}")
             rank, ranks = self._data_rank()
             microbatches = assign_microbatches(trajectories, ranks, self.job_config.rl.microbatch_tokens)[rank]
             packed = [pack(trajectories, advantages, indices) for indices in microbatches]
@@ -261,13 +258,8 @@ class RLTrainer(CheckpointedTrainer):
 
     def _check_finite(self) -> None:
         """After the step's last backward and before clipping: NaN must not reach the optimizer."""
-        loss = torch.stack(self._losses).sum()
-        if self.parallel_dims.dp_cp_enabled:
-            loss = dist_utils.dist_sum(loss, self.parallel_dims.get_mesh("loss"))
-        grads = [param.grad for param in self.model_parts[0].parameters() if param.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        figures = {"loss": float(loss), "grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)}
-        folder = self.job_config.job.dump_folder
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        figures, folder = step_figures(self._losses, self.model_parts[0], mesh), self.job_config.job.dump_folder
         with self.verdict.agreed():
             stop_unless_finite(figures, folder, self.step, self._trajectories, self._advantages)
 
@@ -292,10 +284,8 @@ class RLTrainer(CheckpointedTrainer):
         return max(1, sum(len(t.completion_ids) for t in self._trajectories if self._is_trained(t)))
 
     def _data_rank(self) -> tuple[int, int]:
-        if not self.parallel_dims.dp_enabled:
-            return 0, 1
-        mesh = self.parallel_dims.get_mesh("batch")
-        return mesh.get_local_rank(), mesh.size()
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        return (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
 
     def _check_parity(self, microbatch: Microbatch, trainer_N: torch.Tensor, of_N: torch.Tensor) -> None:
         """Compares the sampled tokens where `of_N`; `trainer_N` is under the weights that sampled them."""
@@ -305,4 +295,5 @@ class RLTrainer(CheckpointedTrainer):
         report = compare_microbatch(self.step, self._trajectories, microbatch, trainer_N, of_N)
         self.parity += report
         if check == "assert":
-            stop_at_mismatch(report)
+            trajectories = [self._trajectories[i] for i in microbatch.trajectories]
+            stop_at_mismatch(report, self.job_config.job.dump_folder, self.step, trajectories, trainer_N)

@@ -6,6 +6,7 @@
 """Errors of one rank: all ranks agree on them, or the controller hears, before anyone waits for the one that failed."""
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torchtitan.experiments.rl.unified import errors
 from torchtitan.experiments.rl.unified.errors import ProcessLost, TrainerFailed
+
+# How gloo and NCCL say that the process at the other end is not there any more.
+_PEER_GONE = re.compile(r"gloo.*(by peer|Broken pipe|Timed out)|remote process exited", re.DOTALL)
 
 
 class Verdict:
@@ -51,8 +55,8 @@ def error_to_tell(error: Exception, rank: int) -> Exception:
     gone is a ProcessLost; anything else becomes a TrainerFailed with the error's class, text and place.
     """
     text = str(error)
-    if isinstance(error, (dist.DistError, RuntimeError)) and ("gloo" in text or "NCCL" in text):
-        return ProcessLost(f"rank {rank} of the trainer lost another: {text.strip().splitlines()[0]}")
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(text):
+        return ProcessLost(f"rank {rank} of the trainer lost another: {text.strip().split('. ')[0]}")
     if type(error) is ValueError or type(error).__module__ == errors.__name__:
         return type(error)(text)
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -57,9 +57,25 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
         "stack",
         {f"seconds_{name}": name for name in ("generate", "update")} | {"seconds_*": ""},
     ),
-    ("Parity", "area", {"tokens_compared": "tokens compared", "mismatched_tokens": "with other bits"}),
+    (
+        "Parity",
+        "area",
+        {
+            "tokens_sampled": "tokens sampled",
+            "tokens_compared": "tokens compared",
+            "mismatched_tokens": "with other bits",
+        },
+    ),
     ("Staleness", "line", {"staleness_max": "oldest, in versions"}),
-    ("Stale tokens", "line", {"stale_tokens": "tokens"}),
+    (
+        "Stale tokens",
+        "line",
+        {
+            "stale_tokens": "tokens",
+            "left_out_tokens": "outside the current top-k or top-p",
+            "tokens_unverifiable": "whose weights are gone",
+        },
+    ),
     ("Throughput", "line", {"tokens_per_second": "sampled tokens a second"}),
 ]
 NOT_DRAWN = {"step", "policy_version", "version_min", "seconds"}
