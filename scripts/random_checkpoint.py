@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,11 +22,10 @@ TOKENIZER = REPOSITORY / "tests/assets/qwen3_tiny"
 RANDOM = "random_qwen3"
 
 
-def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
-    """A random Qwen3 in Hugging Face layout, and its flavor in TrainSpec `RANDOM` of this process.
+def register_random(flavor: str, changes: dict) -> tuple[Any, Any]:
+    """Puts the shape into TrainSpec `RANDOM` of this process; returns Qwen3's TrainSpec and the shape's model args.
 
     Args:
-        folder: to make.
         flavor: name of the shape in the TrainSpec.
         changes: model args that differ from those of flavor "tiny".
     """
@@ -34,6 +34,12 @@ def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
     for registered in (RANDOM, f"{RANDOM}_policy"):  # The trainer's own entry is made from the first.
         train_spec._extra_train_specs.pop(registered, None)
     train_spec.register_train_spec(RANDOM, replace(spec, model_args={flavor: args}))
+    return spec, args
+
+
+def write_random_checkpoint(folder: Path, flavor: str, changes: dict) -> None:
+    """A random Qwen3 in Hugging Face layout, its flavor registered as by `register_random`; makes the folder."""
+    spec, args = register_random(flavor, changes)
     torch.manual_seed(0)
     with torch.no_grad():
         model = spec.model_cls(args)
