@@ -286,8 +286,10 @@ def _flat(value, name: str = "") -> dict:
 
 
 def _metrics(path: Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not any(t in key for t in TIMES)} for row in rows]
+    # What was sampled ahead of a checkpoint can't be compared after a resume from it, and is counted as such.
+    left_out = (*TIMES, "tokens_compared", "tokens_unverifiable")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not any(name in key for name in left_out)} for row in rows]
 
 
 def _phase_times(folder: Path, seconds: float) -> list[dict[str, float]]:

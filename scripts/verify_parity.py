@@ -5,6 +5,8 @@
 
 """Does the trainer compute the generator's log-probs, bit for bit, whatever the engine does? A table of cases.
 
+Trainer and generator are processes of their own, as in a job: what one decides or caches for itself can differ.
+
     python scripts/verify_parity.py                          the whole matrix, on random models of several shapes
     python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
     python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; GPU
@@ -18,6 +20,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -28,13 +31,14 @@ from pathlib import Path
 import torch
 from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.sections import Sampling
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.families.qwen3 import TINY
 from torchtitan.experiments.rl.unified.generator.generator import Generator
-from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory
+from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.trainer.packing import pack
 from torchtitan.experiments.rl.unified.trainer.parity import compare
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
@@ -56,20 +60,80 @@ class Row:
         return {"mode": self.mode, "dtype": self.dtype, "case": self.case, **vars(self.report)}
 
 
+class Engine:
+    """The generator's process from its inside; one engine after the other."""
+
+    def build(self, flags: list[str]) -> None:
+        """Starts the engine of the job with these flags; the one before ends."""
+        self.generator = None
+        gc.collect()
+        torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+        self.generator = Generator(load_job_config(flags))
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        self.generator.update_weights(update)
+
+    def generate(self, requests: list[Request], threads: int) -> tuple[list[Trajectory], int]:
+        """Completions, and how many requests were thrown out of a full KV cache meanwhile."""
+        set_num_threads(threads)
+        scheduler = self.generator.engine.llm_engine.engine_core.engine_core.scheduler
+        preempt, preempted = scheduler._preempt_request, []
+        scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(args), preempt(*args, **kwargs))[1]
+        try:
+            return self.generator.generate(requests), len(preempted)
+        finally:
+            scheduler._preempt_request = preempt
+
+    def reset_prefix_cache(self) -> None:
+        self.generator.engine.reset_prefix_cache()
+
+
+def serve(connection) -> None:
+    """Answers calls of an Engine's methods, (name, arguments), with (error or "", what came of it)."""
+    prepare_environment()
+    engine = Engine()
+    while True:
+        name, args = connection.recv()
+        try:
+            connection.send(("", getattr(engine, name)(*args)))
+        except Exception as error:
+            connection.send((f"{type(error).__name__}: {error}", None))
+
+
+class EngineProcess:
+    """The generator's process from its outside."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        context.Process(target=serve, args=(there,), daemon=True).start()
+        there.close()
+
+    def ask(self, name: str, *args):
+        """Calls a method of the Engine."""
+        self._connection.send((name, args))
+        error, answer = self._connection.recv()
+        if error:
+            raise RuntimeError(f"generator: {error}")
+        return answer
+
+
 class Pair:
-    """A trainer and a generator of one policy, in this process.
+    """A trainer, in this process, and a generator of one policy.
 
     Args:
-        config: the job.
+        flags: of the job, as on its command line.
+        engine: the generator's process.
     """
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, flags: list[str], engine: EngineProcess) -> None:
         from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
 
-        self.config = config
-        self.trainer = RLTrainer(config)
+        self.config, self.engine = load_job_config(flags), engine
+        self.trainer = RLTrainer(self.config)
         self.trainer.load()
-        self.generator = Generator(config)
+        engine.ask("build", flags)
+        self.preempted = 0
         self.sync()
 
     def sync(self) -> None:
@@ -78,15 +142,16 @@ class Pair:
         update = transport.send(
             self.trainer.step, self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
         )
-        self.generator.update_weights(update)
+        self.engine.ask("update_weights", update)
         transport.close()
 
     def sample(self, requests: list[Request], tokens: int, threads: int = 1, **sampling) -> list[Trajectory]:
         """A completion of each request, all in one call of the engine; `sampling` as in the TOML section."""
-        for settings in (self.config.sampling, self.trainer.job_config.sampling):
-            vars(settings).update({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": tokens} | sampling)
-        set_num_threads(threads)
-        return self.generator.generate(requests)
+        settings = Sampling(max_tokens=tokens, **sampling)
+        vars(self.trainer.job_config.sampling).update(vars(settings))
+        asked = [dataclasses.replace(request, sampling=settings) for request in requests]
+        trajectories, self.preempted = self.engine.ask("generate", asked, threads)
+        return trajectories
 
     def check(self, trajectories: list[Trajectory], threads: int = 1) -> ParityReport:
         """Compares with the trainer's log-probs of the same tokens, a few sequences to a pack."""
@@ -104,7 +169,7 @@ class Pair:
 
     def close(self) -> None:
         self.trainer.close()
-        del self.trainer, self.generator
+        del self.trainer
         gc.collect()
         torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
@@ -164,7 +229,7 @@ def sampling_cases(pair: Pair, vocab: int, count: int, tokens: int):
 def prefix_cases(pair: Pair, vocab: int, count: int, shared: int, tokens: int):
     """A long common prefix: computed once, then taken from the cache."""
     requests = requests_of(mixed(count, 30), vocab, shared=shared)
-    pair.generator.engine.reset_prefix_cache()
+    pair.engine.ask("reset_prefix_cache")
     cold = [pair.sample([request], tokens)[0] for request in requests[:1]] + pair.sample(requests[1:], tokens)
     yield "prefix cache, prefix shared", pair.check(cold)
     yield "prefix cache, all of it hit", same(cold, pair.sample(requests, tokens, threads=2))
@@ -297,16 +362,13 @@ def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: i
     """A KV cache that cannot hold what runs: requests are thrown out and computed again."""
     requests = requests_of(mixed(count, longest), vocab)
     alone = [pair.sample([request], tokens)[0] for request in requests[:4]]
-    scheduler = pair.generator.engine.llm_engine.engine_core.engine_core.scheduler
-    preempt, preempted = scheduler._preempt_request, []
-    scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(args), preempt(*args, **kwargs))[1]
     batch = pair.sample(requests, tokens, threads=2)
-    assert preempted, "the cache was large enough: this case shows nothing"
+    assert pair.preempted, "the cache was large enough: this case shows nothing"
     yield "", pair.check(batch)
     yield "alone = preempted", same(alone, batch[:4])
 
 
-def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path):
+def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path, engine: EngineProcess):
     """Builds the set-up and yields its rows."""
     base = job or ["--job.config_file", str(TRAIN_CONFIGS / "debug_cpu.toml")]
     flags = [*base, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
@@ -315,14 +377,13 @@ def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path):
     flags += ["--training.mixed_precision_param", dtype]
     for key, value in {"training.seq_len": 1024, **setup.settings}.items():
         flags += [f"--{key}", str(value)]
-    config = load_job_config(flags)
     vocab = 512
     if setup.model is not None:
-        flavor = f"{abs(hash((setup.name, mode, dtype))):x}"
-        write_random_checkpoint(folder / flavor, setup.model)
-        config.model.hf_assets_path = str(folder / flavor)
+        checkpoint = folder / f"{abs(hash((setup.name, mode, dtype))):x}"
+        write_random_checkpoint(checkpoint, setup.model)
+        flags += ["--model.hf_assets_path", str(checkpoint)]
         vocab = setup.model["vocab_size"]
-    pair = Pair(config)
+    pair = Pair(flags, engine)
     for case, report in setup.cases(pair, vocab):
         yield Row(mode, dtype, ": ".join(filter(None, (setup.name, case))), report)
     pair.close()
@@ -339,7 +400,8 @@ def main() -> int:
     args, job = parser.parse_known_args()
 
     prepare_environment()
-    # One process group of one rank, for all the trainers and engines of this process.
+    engine = EngineProcess()
+    # One process group of one rank, for all the trainers of this process.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     this_device().prepare_trainer()
     start, rows = time.monotonic(), []
@@ -349,7 +411,7 @@ def main() -> int:
             for dtype in args.dtypes.split(","):
                 matrix = setups(args.quick, own_checkpoint=bool(job))
                 for setup in [large_setup(args.flavor)] if args.flavor else matrix:
-                    for row in run(setup, mode, dtype, job, Path(folder)):
+                    for row in run(setup, mode, dtype, job, Path(folder), engine):
                         report = row.report
                         print(
                             f"{mode:12} {dtype:9} {report.tokens_compared:8} {report.mismatched_tokens:10} "

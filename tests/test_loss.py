@@ -120,6 +120,12 @@ def test_kl_k3_estimates_the_kl_divergence():
     torch.testing.assert_close(estimate, (policy_V.exp() * (policy_V - reference_V)).sum())
 
 
+def test_kl_k3_pulls_back_a_token_that_the_reference_finds_impossible():
+    logprobs_T = torch.tensor([-1.0], requires_grad=True)
+    kl_k3(logprobs_T, torch.tensor([-81.0])).sum().backward()
+    assert logprobs_T.grad.item() == 1.0
+
+
 @pytest.mark.parametrize("difference", [-1e4, 1e4])
 def test_kl_k3_stays_finite(difference):
     logprobs_T = torch.tensor([-1.0], requires_grad=True)

@@ -34,6 +34,7 @@ def test_nan_and_the_sign_of_zero():
     assert compare(nan, nan.clone(), name).mismatched_tokens == 0
     assert compare(torch.tensor([0.0]), torch.tensor([-0.0]), name).mismatched_tokens == 1
     assert compare(nan, torch.tensor([-1.0]), name).max_difference == math.inf
+    assert compare(torch.tensor([-math.inf]), torch.tensor([-1.0]), name).max_difference == math.inf
 
 
 def test_reports_add_up_and_keep_the_first_mismatch():

@@ -35,6 +35,8 @@ def test_shards_share_weights_and_replicas_do_not():
     assert ddp.memory["weights"] == 459_520 * 4 and hsdp.memory["weights"] == ddp.memory["weights"] // 2
     assert ddp.memory["optimizer"] == 2 * ddp.memory["weights"] and ddp.memory["reference policy"] == 0
     assert trainer(*flags, "1", "--policy_loss.kl_weight", "0.1").memory["reference policy"] == ddp.memory["weights"]
+    ahead = trainer(*flags, "1", "--trajectory_queue.max_staleness", "3")
+    assert ahead.memory["past versions"] == 3 * ddp.memory["weights"] and ddp.memory["past versions"] == 0
 
 
 @pytest.mark.parametrize(

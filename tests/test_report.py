@@ -40,6 +40,7 @@ def row(step: int) -> dict[str, Any]:
         "reward_mean": 0.5 + 0.3 * math.sin(step / 9),
         "loss": -0.1 / step,
         "grad_norm": 1 + 1 / step,
+        "tokens_sampled": 1200,
         "tokens_compared": 1000,
         "mismatched_tokens": 0,
         "kl_generator_trainer": 0.0,
@@ -111,7 +112,10 @@ def test_what_was_not_measured_is_left_out_and_what_is_unknown_gets_a_chart():
 def test_the_headline_counts_every_step():
     rows = [row(step) | {"mismatched_tokens": int(step == 7)} for step in range(1, 21)]
     figures = {name: (figure, remark) for name, figure, remark in headline(rows)}
-    assert figures["Parity"] == ("1", "of 20,000 sampled tokens differ between generator and trainer")
+    assert figures["Parity"] == (
+        "1",
+        "sampled tokens differ between generator and trainer, compared 20,000 of 24,000",
+    )
     assert figures["pass@1"] == ("0.350 \u2192 0.500", "held out, steps 0 and 20")
     (evaluation,) = [chart for chart in charts(rows) if chart["title"] == "Held-out pass rate"]
     assert (evaluation["series"][0]["steps"], evaluation["series"][0]["values"]) == ([0, 10, 20], [0.35, 0.45, 0.5])

@@ -6,6 +6,7 @@
 """The job as a user runs it: real engine, real trainer mesh, real processes."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -67,6 +68,25 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
     assert list((folder / "tb").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("max_staleness", [1, 4])
+def test_working_ahead_leaves_no_token_uncompared(max_staleness, tmp_path):
+    """Proves parity under the version that sampled each token, and that a filter of the distribution does no harm."""
+    filters = ["--sampling.temperature", "0.7", "--sampling.top_p", "0.9", "--sampling.top_k", "50"]
+    flags = ["--trajectory_queue.max_staleness", str(max_staleness), "--training.steps", "7", "--optimizer.lr", "1e-3"]
+    done = run([str(COMMAND)], tmp_path / "run", *flags, *filters, "--policy_loss.kl_weight", "0.01")
+    assert done.returncode == 0, done.stderr
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["staleness_max"] for m in metrics] == [min(step, max_staleness) for step in range(7)]
+    for m in metrics:
+        assert m["tokens_compared"] == m["tokens_sampled"] > 0 and m["tokens_unverifiable"] == 0
+        assert m["mismatched_tokens"] == 0
+        assert all(math.isfinite(value) for value in m.values())
+    total = sum(m["tokens_sampled"] for m in metrics)
+    assert f"0 sampled tokens differ between generator and trainer, compared {total} of {total}\n" in done.stdout
+    assert any(m["kl_generator_trainer"] > 0 for m in metrics[1:])
+
+
 FORGETS_ONE_UPDATE = """
 import dataclasses
 import sys
@@ -101,20 +121,26 @@ ON_A_GPU += [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lies, flags", [(False, []), (True, []), pytest.param(True, ON_A_GPU, id="gpu", marks=pytest.mark.gpu)]
+    "lies, step, flags",
+    [
+        (False, 2, []),
+        (True, 2, []),
+        (True, 3, ["--trajectory_queue.max_staleness", "1"]),
+        pytest.param(True, 2, ON_A_GPU, id="gpu", marks=pytest.mark.gpu),
+    ],
 )
-def test_a_forgotten_weight_update_stops_the_run(lies, flags, tmp_path):
+def test_a_forgotten_weight_update_stops_the_run(lies, step, flags, tmp_path):
     """Proves that a generator on old weights is noticed: by its version, and by parity if it names the wrong one."""
     script = FORGETS_ONE_UPDATE.replace("LIES", str(lies))
     done = run(["-c", script], tmp_path / "run", "--training.steps", "4", "--optimizer.lr", "1e-3", *flags)
     assert done.returncode == 1
     if lies:
         assert "sampled tokens have another log-prob in the trainer than in the generator" in done.stderr
-        assert "first at step 2, prompt 'epoch 0 row " in done.stderr
+        assert f"first at step {step}, prompt 'epoch 0 row " in done.stderr
         assert "position " in done.stderr and ": generator -" in done.stderr and ", trainer -" in done.stderr
     else:
         assert "32 of 32 completions were sampled under policy version 0, not 1" in done.stderr
-    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step))
 
 
 def bad_checkpoint(folder: Path, **changes) -> list[str]:
@@ -196,6 +222,7 @@ BAD_INPUT = {
     ),
     "pipeline": (lambda t: ["--parallelism.pipeline_parallel_degree", "2"], "policies here have no such split"),
     "not honoured": (lambda t: ["--compile.enable"], "torch.compile would give the trainer's forward pass other bits"),
+    "nothing to compare": (lambda t: ["--parity.stale_share", "0"], "stale_share"),
     "another dtype": (lambda t: ["--generator.dtype", "bfloat16"], '[parity] check = "off" allows it'),
     "invariance switched off": (lambda t: [], "VLLM_BATCH_INVARIANT=0 contradicts"),
 }

@@ -17,12 +17,15 @@ from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.config.load import load_job_config
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
-from torchtitan.experiments.rl.unified.errors import NonFiniteError
-from torchtitan.experiments.rl.unified.messages import Request, Trajectory
+from torchtitan.experiments.rl.unified.errors import NonFiniteError, ParityError
+from torchtitan.experiments.rl.unified.messages import ParityReport, Request, Trajectory
 from torchtitan.experiments.rl.unified.trainer.packing import pack
+from torchtitan.experiments.rl.unified.trainer.parity import checked_share
 
 COUNT = 8
 ADVANTAGES = torch.linspace(-1.5, 1.5, COUNT)
+# Steps that move the policy enough to tell one version from the next.
+FAST = ["--optimizer.lr", "1e-2", "--lr_scheduler.warmup_steps", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,8 +134,8 @@ def test_without_stale_tokens_the_loss_is_the_plain_one_to_the_bit(build, name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "reinforce"])
-def test_stale_tokens_are_weighted_counted_and_not_compared(build, name):
-    trainer = build("--policy_loss.name", name, "--optimizer.lr", "1e-2", "--lr_scheduler.warmup_steps", "0")
+def test_stale_tokens_are_weighted_counted_and_compared_under_their_version(build, name):
+    trainer = build("--policy_loss.name", name, *FAST, "--trajectory_queue.max_staleness", "1")
     old = sample(trainer)
     trainer.step_on(old, ADVANTAGES)
     mixed = [*old[: COUNT // 2], *sample(trainer, seed=1)[COUNT // 2 :]]
@@ -150,10 +153,117 @@ def test_stale_tokens_are_weighted_counted_and_not_compared(build, name):
     result = trainer.step_on(mixed, ADVANTAGES)
     assert result.loss == pytest.approx(float(value), rel=1e-5)
     assert result.grad_norm == pytest.approx(expected_norm, rel=1e-5)
-    assert result.parity.tokens_compared == int((~stale_N).sum()) and result.parity.mismatched_tokens == 0
+    assert result.parity == ParityReport(tokens_compared=len(stale_N))
     assert result.stats.stale_tokens == int(stale_N.sum())
     assert result.stats.truncated_weights == int((ratio_N[stale_N] > 2).sum())
     assert result.stats.means()["kl_generator_trainer"] > 0
+
+
+def test_every_token_is_compared_up_to_the_staleness_that_is_allowed(build):
+    trainer = build(*FAST, "--trajectory_queue.max_staleness", "2", "--rl.microbatch_tokens", "40")
+    batches = [sample(trainer)]
+    for step in range(4):
+        mixed = [t for batch in batches[-3:] for t in batch[step::3]]
+        before = weights(trainer)
+        result = trainer.step_on(mixed, torch.linspace(-1, 1, len(mixed)))
+        assert result.parity == ParityReport(tokens_compared=sum(len(t.completion_ids) for t in mixed))
+        assert not equal(weights(trainer), before)
+        batches.append(sample(trainer, seed=step + 1))
+
+
+def test_a_forgotten_update_is_a_mismatch_of_stale_tokens_too(build, tmp_path):
+    trainer = build(*FAST, "--trajectory_queue.max_staleness", "1")
+    first = sample(trainer)
+    trainer.step_on(first, ADVANTAGES)
+    trainer.step_on(sample(trainer), ADVANTAGES)
+    before = weights(trainer)
+    # The generator says that version 1 sampled them; its weights are those of version 0.
+    forgotten = [dataclasses.replace(t, policy_version=1) for t in first]
+    with pytest.raises(ParityError, match=r"first at step 3, prompt 'prompt 0' sample 0, position 3 .*version 1\)"):
+        trainer.step_on(forgotten, ADVANTAGES)
+    assert equal(weights(trainer), before), "the current weights are back in place"
+    left = torch.load(tmp_path / "parity_step_3.pt")
+    assert [t["completion_ids"] for t in left["trajectories"]] == [t.completion_ids for t in first]
+    assert left["threads"] == torch.get_num_threads() and left["machine"]["cpu_flags"]
+    for trajectory, logprobs_T in zip(left["trajectories"], left["trainer_logprobs"], strict=True):
+        assert not torch.equal(trajectory["logprobs"], logprobs_T)
+
+
+def test_weights_that_are_gone_are_no_comparison_and_are_counted(build):
+    trainer = build(*FAST)  # It keeps no version, as a run that has just gone on from a checkpoint.
+    old = sample(trainer)
+    trainer.step_on(old, ADVANTAGES)
+    mixed = [*old[: COUNT // 2], *sample(trainer, seed=1)[COUNT // 2 :]]
+    gone, seen = (sum(len(t.completion_ids) for t in part) for part in (mixed[: COUNT // 2], mixed[COUNT // 2 :]))
+    assert trainer.step_on(mixed, ADVANTAGES).parity == ParityReport(tokens_compared=seen, tokens_unverifiable=gone)
+
+
+@pytest.mark.parametrize("share", [0.4, 1e-9])
+def test_a_share_of_the_stale_completions_is_compared_and_always_the_same(build, share):
+    found = []
+    for _ in range(2):
+        trainer = build(*FAST, "--trajectory_queue.max_staleness", "1", "--parity.stale_share", str(share))
+        old = sample(trainer)
+        trainer.step_on(old, ADVANTAGES)
+        found.append(trainer.step_on(old, ADVANTAGES).parity)
+    checked = checked_share(2, old, range(COUNT), share)
+    assert 1 <= len(checked) < COUNT and (share > 0.1 or len(checked) == 1)
+    assert found == [ParityReport(tokens_compared=sum(len(old[i].completion_ids) for i in checked))] * 2
+
+
+def likeliest(trainer) -> list[Trajectory]:
+    """Completions of one token, the likeliest one, of the trainer's policy version."""
+    drafts = [
+        dataclasses.replace(t, completion_ids=t.completion_ids[:1], logprobs=t.logprobs[:1]) for t in sample(trainer)
+    ]
+    with batch_invariant_mode(), torch.no_grad():
+        tokens = trainer._sampled_logits(pack(drafts, ADVANTAGES, list(range(COUNT)))).argmax(dim=-1).tolist()
+    drafts = [dataclasses.replace(t, completion_ids=[token]) for t, token in zip(drafts, tokens, strict=True)]
+    now_N = logprobs(trainer, drafts).detach()
+    return [dataclasses.replace(t, logprobs=now_N[i : i + 1]) for i, t in enumerate(drafts)]
+
+
+def unfiltered(trainer, trajectories: list[Trajectory]) -> torch.Tensor:
+    packed = pack(trajectories, torch.zeros(len(trajectories)), list(range(len(trajectories))))
+    with batch_invariant_mode(), torch.no_grad():
+        logits = trainer._sampled_logits(packed)
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, packed.sampled(packed.labels)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("budget", [1, 8192])
+def test_stale_tokens_outside_the_current_filter_leave_the_loss_and_its_divisor(build, budget):
+    flags = ["--sampling.top_k", "2", "--trajectory_queue.max_staleness", "1", "--rl.microbatch_tokens", str(budget)]
+    trainer = build(*FAST, *flags)
+    old = likeliest(trainer)
+    then_N = unfiltered(trainer, old)
+    trainer.step_on(old, ADVANTAGES)
+    now_N, generator_N = logprobs(trainer, old), torch.cat([t.logprobs for t in old])
+    kept_N = now_N.detach().isfinite()
+    assert 0 < int(kept_N.sum()) < COUNT, "the policy has moved too little or too far to tell"
+    now_K = now_N[kept_N]
+    weight_K = (now_K.detach() - generator_N[kept_N]).exp().clamp(max=2.0)
+    loss = (-weight_K * ADVANTAGES[kept_N] * (now_K - now_K.detach()).exp()).mean()
+    kl_N = (unfiltered(trainer, old) - then_N).exp() - 1 - (unfiltered(trainer, old) - then_N)
+    expected = float(loss.detach()), norm_of(trainer, loss)
+
+    result = trainer.step_on(old, ADVANTAGES)
+    assert (result.loss, result.grad_norm) == pytest.approx(expected, rel=1e-5)
+    assert result.parity == ParityReport(tokens_compared=COUNT)
+    means = result.stats.means()
+    assert means["left_out_tokens"] == COUNT - int(kept_N.sum()) and means["stale_tokens"] == COUNT
+    assert means["kl_generator_trainer"] == pytest.approx(float(kl_N.mean()), rel=1e-4)
+
+
+def test_the_penalty_does_not_see_the_filter(build):
+    flags = ["--sampling.top_k", "2", "--sampling.top_p", "0.9", "--policy_loss.kl_weight", "0.5"]
+    trainer, initial = build(*FAST, *flags), build()
+    assert trainer.step_on(likeliest(trainer), ADVANTAGES).stats.kl_reference == 0.0
+    trajectories = likeliest(trainer)
+    difference_N = unfiltered(initial, trajectories) - unfiltered(trainer, trajectories)
+    result = trainer.step_on(trajectories, torch.zeros(COUNT))
+    kl = float((difference_N.exp() - 1 - difference_N).mean())
+    assert result.stats.means()["kl_reference"] == pytest.approx(kl, rel=1e-4) and result.grad_norm > 0
+    assert result.loss == pytest.approx(0.5 * kl, rel=1e-4)
 
 
 def test_a_version_the_trainer_has_not_reached_is_refused(build):

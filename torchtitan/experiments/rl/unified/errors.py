@@ -14,6 +14,10 @@ class TrainerLost(ProcessLost):
     """It was one of the trainer's."""
 
 
+class TrainerFailed(RuntimeError):
+    """A rank of the trainer raised: started again, it would do so again."""
+
+
 class WeightTransferError(RuntimeError):
     """Weights did not arrive as they were sent."""
 

@@ -111,16 +111,19 @@ class ParityReport:
     """Outcome of one comparison; reports add up.
 
     Attributes:
-        tokens_compared: sampled tokens looked at.
+        tokens_compared: sampled tokens looked at, each under the weights that sampled it.
         mismatched_tokens: those whose fp32 log-probs differ in any bit.
         max_difference: largest absolute difference, nats; NaN counts as infinite.
         first: description of the first mismatch, empty without one.
+        tokens_unverifiable: not looked at, because the weights that sampled them are gone: batches that were sampled
+            ahead of the checkpoint which the run went on from.
     """
 
     tokens_compared: int = 0
     mismatched_tokens: int = 0
     max_difference: float = 0.0
     first: str = ""
+    tokens_unverifiable: int = 0
 
     def __add__(self, other: "ParityReport") -> "ParityReport":
         return ParityReport(
@@ -128,6 +131,7 @@ class ParityReport:
             self.mismatched_tokens + other.mismatched_tokens,
             max(self.max_difference, other.max_difference),
             self.first or other.first,
+            self.tokens_unverifiable + other.tokens_unverifiable,
         )
 
 
@@ -141,8 +145,12 @@ class TokenStats:
         truncated_weights: stale tokens whose importance weight was cut to `[policy_loss] tis_cap`.
         clipped_tokens: whose gradient the loss's clip range stopped.
         entropy: of the distributions that the tokens were sampled from, under the trainer's policy.
-        kl_generator_trainer: k3 estimates of KL(generator, trainer): exactly 0 where all log-probs are equal.
-        kl_reference: k3 estimates of KL(trainer, reference policy); None without a reference.
+        kl_generator_trainer: k3 estimates of KL(generator, trainer): exactly 0 where all log-probs are equal. Stale
+            tokens of a filtered distribution (top_k, top_p) are looked at before the filter, on both sides.
+        kl_reference: k3 estimates of KL(trainer, reference policy), before the filter; None without a reference.
+        left_out_tokens: stale tokens that the current policy's filter gives no probability: they have no log-prob to
+            train on, and are in neither the loss nor its divisor.
+        unknown_kl_tokens: that `kl_generator_trainer` lacks: stale, filtered, and not computed again.
     """
 
     tokens: int = 0
@@ -152,6 +160,8 @@ class TokenStats:
     entropy: float = 0.0
     kl_generator_trainer: float = 0.0
     kl_reference: float | None = None
+    left_out_tokens: int = 0
+    unknown_kl_tokens: int = 0
 
     def __add__(self, other: "TokenStats") -> "TokenStats":
         values = {name: _add(value, getattr(other, name)) for name, value in vars(self).items()}
@@ -161,10 +171,11 @@ class TokenStats:
         """Metrics by name: means over the tokens, and the number of stale ones; `kl_reference` only if there is one."""
         tokens = max(self.tokens, 1)
         means = {
-            "kl_generator_trainer": self.kl_generator_trainer / tokens,
+            "kl_generator_trainer": self.kl_generator_trainer / max(self.tokens - self.unknown_kl_tokens, 1),
             "clip_fraction": self.clipped_tokens / tokens,
             "entropy": self.entropy / tokens,
             "stale_tokens": float(self.stale_tokens),
+            "left_out_tokens": float(self.left_out_tokens),
             "tis_truncated_fraction": self.truncated_weights / max(self.stale_tokens, 1),
         }
         if self.kl_reference is not None:

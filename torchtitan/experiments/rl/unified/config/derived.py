@@ -36,6 +36,11 @@ def steps_ahead(config: JobConfig) -> int:
     return config.trajectory_queue.max_staleness
 
 
+def past_versions(config: JobConfig) -> int:
+    """Older versions of the weights that the trainer keeps, to compare what they sampled."""
+    return 0 if config.parity.check == "off" else steps_ahead(config)
+
+
 def versions_kept(config: JobConfig) -> int:
     """What generators work ahead with, or compute from where it lies, must outlive the sending of the next."""
     return 2 if config.trajectory_queue.max_staleness or engines_share_memory(config) else 1

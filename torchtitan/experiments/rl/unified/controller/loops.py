@@ -9,7 +9,8 @@ import asyncio
 from typing import Any
 
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.experiments.rl.unified.errors import WeightTransferError
+from torchtitan.experiments.rl.unified.errors import ParityError, WeightTransferError
+from torchtitan.experiments.rl.unified.messages import ParityReport, StepResult
 from torchtitan.experiments.rl.unified.record.timing import timed
 
 
@@ -53,6 +54,16 @@ def check_version(trajectories, version: int) -> None:
         )
 
 
+def check_compared(config: JobConfig, results: list[StepResult]) -> None:
+    """Raises ParityError if `[parity] check` is "assert" and a step's results say that nothing was compared.
+
+    Tokens whose weights are gone are reported as such, and no excuse for the others.
+    """
+    parity = sum((result.parity for result in results), start=ParityReport())
+    if config.parity.check == "assert" and not parity.tokens_compared and not parity.tokens_unverifiable:
+        raise ParityError(f"step {results[0].step}: not one of its tokens was compared: the parity check is empty")
+
+
 async def train(config: JobConfig, meshes, queue, task, evaluation, record) -> None:
     """The trainer's loop, GRPO (arXiv:2402.03300): takes batches from `queue`, publishes a policy version after each.
 
@@ -80,6 +91,7 @@ async def take_step(config: JobConfig, meshes, queue, task, evaluation, record, 
     """
     with timed(step.phases, "train"):
         results = await meshes.trainer.step(batch.trajectories, scored.advantages)
+    check_compared(config, results)
     version, due = results[0].step, results[0].checkpoint_due
     if due:
         with timed(step.phases, "wait"):

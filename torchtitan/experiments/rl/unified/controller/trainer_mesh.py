@@ -6,6 +6,7 @@
 """The controller's side of all trainer ranks."""
 
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,33 +50,33 @@ class TrainerMesh:
         await setup_torch_elastic_env_async(self._procs)
         self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
         limit = self.config.comm.init_timeout_seconds
-        answers = await self._call(self._actors.setup.call(), "the trainer to start", limit)
-        self.arithmetic = one_arithmetic({f"trainer rank {i}": a for i, (_, (*_, a)) in enumerate(answers.items())})
+        answers = await self._call("the trainer to start", self._actors.setup, seconds=limit)
+        self.arithmetic = one_arithmetic({f"trainer rank {rank}": a for rank, (*_, a) in enumerate(answers)})
         # Started again it goes on from what this run has saved since, not from the step that the run began with.
         self.config = replace(self.config, checkpoint=replace(self.config.checkpoint, load_step=-1))
-        step, state, _ = _rank0(answers)
+        step, state, _ = answers[0]
         return step, state
 
     async def step(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> list[Any]:
         """One optimizer step; returns each rank's trainer.StepResult."""
-        results = await self._call(self._actors.step.call(trajectories, advantages), "a training step")
-        return [result for _, result in results.items()]
+        return await self._call("a training step", self._actors.step, trajectories, advantages)
 
     async def save(self, task_state: dict[str, Any]) -> None:
         """Saves the checkpoint that is due, with the task's state."""
-        await self._call(self._actors.save.call(task_state), "a checkpoint")
+        await self._call("a checkpoint", self._actors.save, task_state)
 
     async def send_weights(self) -> WeightUpdate:
         """Makes the weights fetchable; what was sent before the last time is gone."""
-        return _rank0(await self._call(self._actors.send_weights.call(), "the trainer's weights"))
+        return (await self._call("the trainer's weights", self._actors.send_weights))[0]
 
     async def ping(self) -> None:
-        """Returns if every rank answers."""
-        await self._call(self._actors.ping.call(), "the trainer to answer")
+        """Returns if every rank answers, or if none is there any more because one of them failed."""
+        if self._procs is not None:
+            await self._call("the trainer to answer", self._actors.ping)
 
     async def close(self) -> None:
         """Ends the ranks in good order: a checkpoint that is being written is finished."""
-        await self._call(self._actors.close.call(), "the trainer to close")
+        await self._call("the trainer to close", self._actors.close)
         await self.stop()
 
     async def stop(self) -> None:
@@ -84,12 +85,20 @@ class TrainerMesh:
             procs, self._procs = self._procs, None
             await stop(procs)
 
-    async def _call(self, future, what: str, seconds: float | None = None) -> Any:
+    async def _call(self, what: str, endpoint, *args, seconds: float | None = None) -> list[Any]:
+        """The ranks' answers in their order.
+
+        The first error that one answers with ends them all: the others may be waiting for that rank in a collective.
+        """
+
+        async def collect() -> list[tuple[int, Any]]:
+            return [await future for future in endpoint.stream(*args)]
+
         try:
-            return await answer(future, seconds or self.config.trainer.timeout_seconds, what)
+            answers = await answer(collect(), seconds or self.config.trainer.timeout_seconds, what)
         except ProcessLost as error:
             raise TrainerLost(str(error)) from error
-
-
-def _rank0(values) -> Any:
-    return next(iter(values.items()))[1]
+        except Exception:
+            await self.stop()
+            raise
+        return [value for _, value in sorted(answers, key=itemgetter(0))]

@@ -14,6 +14,7 @@ from torchtitan.experiments.rl.unified.config.checks import cores_of
 from torchtitan.experiments.rl.unified.config.derived import (
     data_parallel_degree,
     engines_share_memory,
+    past_versions,
     steps_ahead,
     threads_of_rank,
     trainer_ranks,
@@ -214,6 +215,7 @@ def _trainer(config: JobConfig, parameters: int) -> ProcessGroup:
             "gradients": stored,
             "optimizer": states * stored,
             "reference policy": stored if config.policy_loss.kl_weight else 0,
+            "past versions": stored * past_versions(config),
             "activations": layers // tensor_parallel,
             "logits": logits,
             "weights on their way": sent * copies // ranks,

@@ -90,7 +90,8 @@ class RunRecord:
         self._bar.set_postfix_str(
             f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
             f"{metrics['tokens_per_second']:.0f} tok/s, "
-            f"parity {metrics['mismatched_tokens']} of {metrics['tokens_compared']} differ"
+            f"parity {metrics['mismatched_tokens']} differ, compared {metrics['tokens_compared']} of "
+            f"{metrics['tokens_sampled']}"
         )
         self._bar.update()
         return StepRecord(self.config)
@@ -102,11 +103,14 @@ class RunRecord:
         first, last = (
             sum(m["reward_mean"] for m in part) / len(part) for part in (self.history[:10], self.history[-10:])
         )
-        compared, mismatched = (sum(m[k] for m in self.history) for k in ("tokens_compared", "mismatched_tokens"))
+        names = ("mismatched_tokens", "tokens_compared", "tokens_sampled", "tokens_unverifiable")
+        mismatched, compared, sampled, unverifiable = (sum(m.get(name, 0) for m in self.history) for name in names)
+        gone = f"; of {unverifiable} the weights were gone after a resume" if unverifiable else ""
         return (
             f"{len(self.history)} steps in {sum(m['seconds'] for m in self.history):.0f} s\n"
             f"reward   {first:.3f} (mean of the first 10 steps) -> {last:.3f} (last 10)\n"
-            f"parity   {mismatched} of {compared} sampled tokens differ between generator and trainer\n"
+            f"parity   {mismatched} sampled tokens differ between generator and trainer, compared {compared} of "
+            f"{sampled}{gone}\n"
             f"{self._held_out()}"
             f"outputs  {self.folder}: report.html, metrics.jsonl, samples.jsonl, config.toml, tb/"
         )

@@ -5,7 +5,10 @@
 
 """A rank of the trainer as a Monarch actor."""
 
+import functools
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +18,26 @@ from torchtitan.experiments.rl.unified.config.environment import prepare_environ
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
+from torchtitan.experiments.rl.unified.trainer.verdict import error_to_tell
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
+
+logger = logging.getLogger(__name__)
+
+
+def of_every_rank(method: Callable) -> Any:
+    """An endpoint that answers (rank, what `method` returns), or with an error that any process can read."""
+
+    @endpoint
+    @functools.wraps(method)
+    def answer(self, *args):
+        rank = int(os.environ["RANK"])
+        try:
+            return rank, method(self, *args)
+        except Exception as error:
+            logger.info("rank %d", rank, exc_info=True)
+            raise error_to_tell(error, rank) from None
+
+    return answer
 
 
 class TrainerActor(Actor):
@@ -28,7 +50,7 @@ class TrainerActor(Actor):
     def __init__(self, config: JobConfig) -> None:
         self.config = config
 
-    @endpoint
+    @of_every_rank
     def setup(self) -> tuple[int, dict[str, Any], str]:
         """Builds the trainer and loads its state; returns its step, the task's state there and its arithmetic."""
         prepare_environment()
@@ -41,17 +63,17 @@ class TrainerActor(Actor):
         self.transport = build_transport(self.config)
         return self.trainer.step, self.trainer.task_state, this_device().arithmetic()
 
-    @endpoint
+    @of_every_rank
     def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):
         """One optimizer step on this rank's share; returns a trainer.StepResult."""
         return self.trainer.step_on(trajectories, advantages)
 
-    @endpoint
+    @of_every_rank
     def save(self, task_state: dict[str, Any]) -> None:
         """Saves the checkpoint that is due."""
         self.trainer.save(task_state)
 
-    @endpoint
+    @of_every_rank
     def send_weights(self) -> WeightUpdate | None:
         """Puts the weights where generators can fetch them; rank 0 returns what they need for that."""
         weights = self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
@@ -61,11 +83,11 @@ class TrainerActor(Actor):
             pass
         return None
 
-    @endpoint
+    @of_every_rank
     def ping(self) -> None:
         """Answers."""
 
-    @endpoint
+    @of_every_rank
     def close(self) -> None:
         """Frees shared memory and ends the process group."""
         self.transport.close()

@@ -5,7 +5,10 @@
 
 """Log-probs of sampled tokens under the sampling distribution, with the arithmetic vLLM's sampler uses."""
 
+from dataclasses import dataclass
+
 import torch
+from torchtitan.experiments.rl.unified.config.sections import Sampling
 from torchtitan.experiments.rl.unified.devices import device_of
 
 
@@ -55,3 +58,26 @@ def sampling_entropy(logits: torch.Tensor, temperature: float, top_k: int = 0, t
     rows = max(1, device_of(logits).logits_at_once // logits.shape[-1])
     chunks = (sampling_logits(chunk, temperature, top_k, top_p) for chunk in logits.split(rows))
     return torch.cat([torch.special.entr(chunk.softmax(dim=-1)).sum(dim=-1) for chunk in chunks])
+
+
+@dataclass(frozen=True)
+class SamplingDistribution:
+    """What the job's completions are sampled from, given logits (tokens, vocab); methods as the functions above."""
+
+    sampling: Sampling
+
+    @property
+    def filters(self) -> bool:
+        """Some tokens have no probability."""
+        return self.sampling.top_k > 0 or self.sampling.top_p < 1
+
+    def logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        sampling = self.sampling
+        return sampling_logprobs(logits, token_ids, sampling.temperature, sampling.top_k, sampling.top_p)
+
+    def unfiltered(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Log-probs before top-k and top-p: their divergence from another policy's is finite."""
+        return sampling_logprobs(logits, token_ids, self.sampling.temperature)
+
+    def entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        return sampling_entropy(logits, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p)

@@ -3,20 +3,25 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""How a policy is spread over the ranks of the trainer."""
+"""How a policy is spread over the ranks of the trainer, and gathered again."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.families import Family
+from torchtitan.experiments.rl.unified.messages import TensorSpec
 from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention, StockAttention
+from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.models.llama3.infra.parallelize import apply_ddp
 
 # What selective activation checkpointing keeps: every second matrix product, and attention.
@@ -98,3 +103,17 @@ def apply_fully_shard(
             # The loss is divided by the step's tokens: gradients are summed. Gloo sums, but cannot scale on the way.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def gathered_weights(model: nn.Module, dtype: torch.dtype) -> PolicyWeights:
+    """Every parameter under its name, tied ones once, to arrive as `dtype`.
+
+    Its stream is collective over the trainer: every rank must consume it. A shard is cast before it is gathered.
+    """
+    params = {name.replace(_CHECKPOINT_PREFIX, ""): param for name, param in model.named_parameters()}
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in params.items():
+            yield name, param.detach().to(dtype).full_tensor() if isinstance(param, DTensor) else param.detach()
+
+    return PolicyWeights([TensorSpec(name, dtype, tuple(p.shape)) for name, p in params.items()], stream())

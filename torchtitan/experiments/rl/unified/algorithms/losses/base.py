@@ -82,7 +82,7 @@ def kl_k3(logprobs_T: torch.Tensor, ref_logprobs_T: torch.Tensor) -> torch.Tenso
 
     Never negative, unbiased, of low variance. Source: http://joschu.net/blog/kl-approx.html, "k3".
     """
-    log_ratio_T = (ref_logprobs_T - logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio_T = (ref_logprobs_T - logprobs_T).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(log_ratio_T) - log_ratio_T
 
 

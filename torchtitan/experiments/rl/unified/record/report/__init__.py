@@ -59,9 +59,25 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
         "stack",
         {f"seconds_{name}": name for name in ("generate", "update")} | {"seconds_*": ""},
     ),
-    ("Parity", "area", {"tokens_compared": "tokens compared", "mismatched_tokens": "with other bits"}),
+    (
+        "Parity",
+        "area",
+        {
+            "tokens_sampled": "tokens sampled",
+            "tokens_compared": "tokens compared",
+            "mismatched_tokens": "with other bits",
+        },
+    ),
     ("Staleness", "line", {"staleness_max": "oldest, in versions"}),
-    ("Stale tokens", "line", {"stale_tokens": "tokens"}),
+    (
+        "Stale tokens",
+        "line",
+        {
+            "stale_tokens": "tokens",
+            "left_out_tokens": "outside the current top-k or top-p",
+            "tokens_unverifiable": "whose weights are gone",
+        },
+    ),
     ("Throughput", "line", {"tokens_per_second": "sampled tokens a second"}),
 ]
 NOT_DRAWN = {"step", "policy_version", "version_min", "seconds"}
@@ -122,8 +138,9 @@ def headline(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         ends = [values[0], values[-1]] if len(values) > 1 else values
         remark = "held out, " + (f"steps {ends[0][0]} and {ends[1][0]}" if len(ends) > 1 else f"step {ends[0][0]}")
         found.append((_name(key), " \u2192 ".join(f"{value:.3f}" for _, value in ends), remark))
-    compared, mismatched = (sum(m.get(key, 0) for m in metrics) for key in ("tokens_compared", "mismatched_tokens"))
-    remark = f"of {compared:,} sampled tokens differ between generator and trainer"
+    names = ("mismatched_tokens", "tokens_compared", "tokens_sampled")
+    mismatched, compared, sampled = (sum(m.get(name, 0) for m in metrics) for name in names)
+    remark = f"sampled tokens differ between generator and trainer, compared {compared:,} of {sampled:,}"
     found.append(("Parity", f"{mismatched:,}", remark if compared else "no tokens were compared"))
     seconds = sum(m.get("seconds", 0.0) for m in metrics)
     found.append(("Steps", f"{metrics[-1]['step']:,}", f"{_duration(seconds)}, {seconds / len(metrics):.2f} s a step"))

@@ -1,0 +1,142 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""One rank of the trainer fails, the other one does not: the job ends at once, with that rank's own words."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_faults import FLAGS, marked, metrics, wait_for  # noqa: E402
+
+# From the fault to the end of the job.
+LIMIT_SECONDS = 15
+# Runs the job with a trainer actor that breaks something in its own process before the trainer is built there.
+FAULTY_RANK = """
+import os, sys, time
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import trainer_mesh
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+class FaultyActor(trainer_mesh.TrainerActor):
+    def __init__(self, config):
+        super().__init__(config)
+        breaks(int(os.environ["RANK"]))
+
+def at_call(number, owner, name, fault):
+    original, calls = getattr(owner, name), []
+
+    def faulty(*args, **kwargs):
+        calls.append(name)
+        if len(calls) != number:
+            return original(*args, **kwargs)
+        print("fault", time.monotonic(), file=sys.stderr, flush=True)
+        return fault(original, *args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+trainer_mesh.TrainerActor = FaultyActor
+status = main(sys.argv[1:])
+print("ended", time.monotonic(), file=sys.stderr, flush=True)
+sys.exit(status)
+"""
+FAULTS = {
+    # In each: what breaks on which rank, what the user reads, and the steps that were taken.
+    "log-prob": (
+        """
+def breaks(rank):
+    from torchtitan.experiments.rl.unified.trainer import logprobs
+
+    def perturbed(original, *args, **kwargs):
+        logprobs_N = original(*args, **kwargs)
+        return logprobs_N + 1e-3 * (logprobs_N == logprobs_N.detach()[5])
+
+    if rank == 1:
+        at_call(2, logprobs, "sampling_logprobs", perturbed)
+""",
+        r"[1-9]\d* of \d+ sampled tokens have another log-prob .* step 2, prompt '.+' sample \d+, position \d+ "
+        r"\(policy version 1\): generator -[\de.-]+, trainer -[\de.-]+\. Look for",
+        1,
+    ),
+    "loss": (
+        """
+def breaks(rank):
+    from torchtitan.experiments.rl.unified.algorithms.losses.grpo import GRPO
+
+    if rank == 1:
+        at_call(2, GRPO, "__call__", lambda original, *args: 1 / 0)
+""",
+        r"rank 1 of the trainer failed: ZeroDivisionError: division by zero \(<string>:\d+ in <lambda>\)",
+        1,
+    ),
+    "beside a collective": (
+        """
+def breaks(rank):
+    from torchtitan.experiments.rl.unified.trainer.attention import PackedAttention
+
+    def fail(original, *args, **kwargs):
+        raise KeyError("no such block")
+
+    if rank == 1:
+        at_call(3, PackedAttention, "forward", fail)
+""",
+        r"rank 1 of the trainer failed: KeyError: 'no such block' \(<string>:\d+ in fail\)",
+        1,
+    ),
+    "send of weights": (
+        """
+def breaks(rank):
+    from torchtitan.experiments.rl.unified.weights.transports.shared_memory import SharedMemoryTransport
+
+    def fail(original, transport, version, weights):
+        next(iter(weights))
+        raise OSError(28, "No space left on device")
+
+    if rank == 0:
+        at_call(2, SharedMemoryTransport, "send", fail)
+""",
+        r"rank 0 of the trainer failed: OSError: \[Errno 28\] No space left on device \(<string>:\d+ in fail\)",
+        0,
+    ),
+}
+LAYOUTS = {
+    "DDP 2": [],
+    "FSDP 2": "--parallelism.data_parallel_replicate_degree 1 --parallelism.data_parallel_shard_degree 2".split(),
+    "TP 2": "--parallelism.data_parallel_replicate_degree 1 --parallelism.tensor_parallel_degree 2 "
+    "--generator.tensor_parallel_degree 2".split(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        *(("log-prob", layout) for layout in LAYOUTS),
+        ("loss", "DDP 2"),
+        *(("beside a collective", layout) for layout in ("FSDP 2", "TP 2")),
+        ("send of weights", "FSDP 2"),
+    ],
+)
+def test_what_one_rank_sees_ends_the_job_at_once(kind, layout, tmp_path):
+    """Proves it for what ranks agree on and for what leaves the other rank in a collective; no restart is tried."""
+    breaks, complaint, steps = FAULTS[kind]
+    command = [sys.executable, "-c", breaks + FAULTY_RANK, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
+    command += [*LAYOUTS[layout], "--training.steps", "4", "--checkpoint.enable", "--checkpoint.interval", "1"]
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(rf"error: {complaint}.*", error), error
+    assert "going on from the last checkpoint" not in done.stderr
+    fault, ended = (float(re.search(rf"{word} ([\d.]+)", done.stderr)[1]) for word in ("fault", "ended"))
+    assert ended - fault <= LIMIT_SECONDS
+    assert len(metrics(tmp_path / "run")) == steps
+    wait_for(lambda: not marked(f"FAULT_TEST={tmp_path}"), 5, "the processes of the job to end")
