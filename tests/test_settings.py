@@ -5,7 +5,6 @@
 
 """Every key of the job config: honoured or refused by name, held to its range, and decided upon on a resume."""
 
-import copy
 import dataclasses
 import functools
 import json
