@@ -3,107 +3,92 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""How long one sample's reward may take: random answers in the forms that mathematics takes, and random bytes.
+"""How long rewards take: a batch of answers as policies give them, and answers that never end.
 
-    python scripts/benchmark_rewards.py [--samples 3000] [--seed 0]
+    python scripts/benchmark_rewards.py [--batches 5] [--seed 0] [--timeout_seconds 2]
 
-Prints processor time of `gsm8k` and `math_verify` by kind of answer, the slowest and the median, and exits with 1 if
-one took more than 50 ms. Half of the answers are compared with themselves in another dress.
+Prints the seconds of each batch of 128 completions (16 prompts, 8 answers each) by `math_verify`, no two batches
+of the same numbers, and of each answer that it cannot judge. Exits with 1 if the median batch took
+more than a second, or an answer more than its time limit and 3 s.
 """
 
 import argparse
-import gc
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
-from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
-from torchtitan.experiments.rl.unified.rollout.rewards.base import RewardInput
-from torchtitan.experiments.rl.unified.rollout.rewards.builtin import gsm8k
-from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import math_verify
+from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, Rewards
 
-LIMIT_SECONDS = 0.05
-
-
-class Answers:
-    """Random answers.
-
-    Args:
-        chance: where the randomness comes from.
-    """
-
-    def __init__(self, chance: random.Random) -> None:
-        self.chance, self.choice, self.int = chance, chance.choice, chance.randint
-
-    def number(self) -> str:
-        a, b = self.int(-50, 99), self.int(2, 99)
-        return self.choice([f"{a}", f"{b}", f"{b}.{self.int(0, 99)}", f"{b}/{self.int(2, 9)}", f"\\frac{{{b}}}{{7}}"])
-
-    def numbers(self, depth: int = 2) -> str:
-        """An expression of numbers."""
-        if not depth:
-            return self.number()
-        a, b, n = self.numbers(depth - 1), self.numbers(depth - 1), self.int(2, 30)
-        forms = [self.number(), f"{a}+{b}", f"{a}-{b}", f"({a})({b})", f"\\frac{{{a}}}{{{b}}}", f"{a}\\cdot {b}"]
-        forms += [f"\\sqrt{{{self.number()}}}", f"{n}\\sqrt{{{n + 1}}}", f"{n}^{{{self.int(2, 6)}}}", f"{n}\\pi"]
-        return self.choice([*forms, f"\\left({a}\\right)^{{2}}", f"{n}^{{1/{self.int(2, 3)}}}", f"{self.number()}%"])
-
-    def polynomial(self) -> str:
-        a, b, n = self.number(), self.number(), self.int(2, 9)
-        forms = [f"x+{a}", f"x^2+{n}x+{n}", f"(x+{a})(x-{b})", f"{n}xy", f"(x+y)^{{{n}}}", f"\\frac{{x+{a}}}{{{n}}}"]
-        return self.choice([*forms, f"(a+{n}b)^3(a-b)^3", f"x^6-{a}"])
-
-    def collection(self) -> str:
-        a, b, c = self.number(), self.number(), self.number()
-        forms = [f"({a},{b})", f"[{a},{b})", f"\\{{{a}, {b}, {c}\\}}", f"({a},{b})\\cup({b},{c})", f"(-\\infty,{a}]"]
-        forms += [f"x<{a}", f"{a}\\le x<{b}", f"x={a}", f"x={a}, y={b}", f"{a}, {b}", f"\\pm {a}", f"x\\ge {a}"]
-        return self.choice(forms)
-
-    def junk(self) -> str:
-        return self.chance.randbytes(self.int(0, 200)).decode(errors="surrogateescape")
-
-    def dressed(self, answer: str) -> str:
-        """`answer` in another form; the same value where it has one."""
-        forms = [f"{answer}+0", f"1\\cdot ({answer})", f"({answer})", f"\\frac{{{answer}}}{{1}}", f"2({answer})/2"]
-        return self.choice([*forms, answer.replace("+", " + "), f"-(-({answer}))"])
+LIMIT_SECONDS = 1.0
+PROMPTS, SAMPLES = 16, 8
+# A reference and the answers that come with it, right and wrong, of numbers a < b < c and a sum s = a + b.
+INTEGERS = [
+    ("{s}", ["{s}", "{s}", "{s}", "{c}", "{s}.0", "\\${s}", "{s} dollars", "-{s}"]),
+    ("#### {c},000", ["{c}000", "{c},000", "{c}", "{c}00", "{c},000 apples", "{c}{s}"]),
+    ("{b}", ["{b}", "{b}", "x={b}", "{a}", "{c}", "\\frac{{{b}}}{{1}}"]),
+]
+EXPRESSIONS = [
+    (
+        "\\frac{{{a}}}{{{c}}}",
+        ["\\frac{{{a}}}{{{c}}}", "{a}/{c}", "\\dfrac{{{a}}}{{{c}}}", "\\frac{{{c}}}{{{a}}}", "{a}"],
+    ),
+    ("{a}\\sqrt{{{b}}}", ["{a}\\sqrt{{{b}}}", "{a} \\sqrt{b}", "{b}\\sqrt{{{a}}}", "\\sqrt{{{c}}}", "{a}{b}"]),
+    ("({a},-{b})", ["({a},-{b})", "({a}, -{b})", "(-{b},{a})", "({a},{b})"]),
+    ("(x+{a})(x-{b})", ["(x+{a})(x-{b})", "(x-{b})(x+{a})", "x^2-{a}x-{b}", "(x-{a})(x+{b})"]),
+    ("[{a},{c})", ["[{a},{c})", "({a},{c})", "[{a},\\infty)", "\\left[{a}, {c}\\right)"]),
+    ("y={a}x+{b}", ["y={a}x+{b}", "y={b}+{a}x", "{a}x+{b}", "y={b}x+{a}"]),
+    ("\\frac{{{a}\\pi}}{{{b}}}", ["\\frac{{{a}\\pi}}{{{b}}}", "{a}\\pi/{b}", "\\frac{{\\pi}}{{{b}}}", "{a}\\pi"]),
+]
+ENDLESS = [
+    "9^{9^{9}}",
+    "9^{9^{9^{9}}}",
+    "100000000!",
+    "(x+y+z)^{200}",
+    "\\sum_{n=1}^{10^{20}} n^n",
+    "(" * 60 + "1" + ")" * 60,
+    "\\frac{" * 2000,
+]
 
 
-def measure(make: Callable[[], str], answers: Answers, samples: int) -> list[tuple[float, str, str]]:
-    """Seconds, reward and answer with its reference of each sample, the slowest first."""
-    found = []
-    for _ in range(samples):
-        given = make()
-        expected = make() if answers.chance.random() < 0.5 else answers.dressed(given)
-        for name, reward in (("gsm8k", gsm8k), ("math_verify", math_verify)):
-            reference = "\\boxed{1}" if name == "gsm8k" else f"\\boxed{{{expected}}}"
-            sample = RewardInput("", f"so\n\\boxed{{{given}}}", reference, 10, False, 64)
-            start = time.thread_time()
-            reward(sample)
-            found.append((time.thread_time() - start, name, f"{given!r} against {expected!r}"))
-    return sorted(found, reverse=True)
+def batch(chance: random.Random) -> list[RewardInput]:
+    """128 completions, two thirds of them answers to a question for an integer."""
+    samples = []
+    for _ in range(PROMPTS):
+        a, b, c = sorted(chance.sample(range(2, 100), 3))
+        reference, answers = chance.choice(INTEGERS if chance.random() < 2 / 3 else EXPRESSIONS)
+        numbers = {"a": a, "b": b, "c": c, "s": a + b}
+        for answer in chance.choices(answers, k=SAMPLES):
+            text = f"We add them up. So the answer is $\\boxed{{{answer.format(**numbers)}}}$."
+            samples.append(RewardInput("", text, reference.format(**numbers), 40, False, 64))
+    return samples
+
+
+def seconds(rewards: Rewards, samples: list[RewardInput]) -> float:
+    start = time.perf_counter()
+    rewards.score(samples)
+    return time.perf_counter() - start
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=3000)
+    parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout_seconds", type=float, default=2)
     args = parser.parse_args()
-    Rewards({"gsm8k": 1.0, "math_verify": 1.0}, timeout_seconds=10)  # As a job does: it warms the parser up.
-    gc.freeze()  # What the libraries allocated: the collector takes 0.2 s for it, in whoever's call it comes.
-    answers, slow = Answers(random.Random(args.seed)), 0
-    for make in (answers.numbers, answers.polynomial, answers.collection, answers.junk):
-        found = measure(make, answers, args.samples // 4)
-        seconds, name, what = found[0]
-        median = statistics.median(row[0] for row in found)
-        slow += sum(row[0] > LIMIT_SECONDS for row in found)
-        print(
-            f"{make.__name__:12} median {1e3 * median:5.2f} ms, slowest {1e3 * seconds:5.1f} ms: {name}, {what}"[:160]
-        )
-    gc.unfreeze()
-    print(f"{slow} of {2 * args.samples} took more than {1e3 * LIMIT_SECONDS:.0f} ms")
-    return int(slow > 0)
+    chance = random.Random(args.seed)
+    rewards = Rewards({"math_verify": 1.0}, args.timeout_seconds)
+    print(f"start and first batch: {seconds(rewards, batch(chance)):.2f} s")
+    took = [seconds(rewards, batch(chance)) for _ in range(args.batches)]
+    print(f"batches of {PROMPTS * SAMPLES}: {', '.join(f'{s:.2f}' for s in took)} s")
+    late = 0
+    for answer in ENDLESS:
+        seconds(rewards, batch(chance))  # Processes that were ended have started again by its end.
+        took_one = seconds(rewards, [RewardInput("", f"\\boxed{{{answer}}}", "x+\\pi", 40, False, 64)])
+        late += took_one > args.timeout_seconds + 3
+        print(f"{answer[:20]:20} {took_one:.2f} s")
+    print(f"{rewards.timeouts} of {len(ENDLESS)} ended by the time limit")
+    return int(statistics.median(took) > LIMIT_SECONDS or late > 0)
 
 
 if __name__ == "__main__":

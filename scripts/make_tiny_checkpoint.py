@@ -20,11 +20,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, trainers
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.families import family
-from torchtitan.experiments.rl.unified.rollout.datasets import load_local, PromptDataset
+from torchtitan.experiments.rl.unified.rollout.datasets import PromptDataset
+from torchtitan.experiments.rl.unified.rollout.rows import read_rows
 from torchtitan.protocols.model import BaseModelArgs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -98,6 +100,12 @@ def write_configs(out: Path, model_args: BaseModelArgs, tokenizer: PreTrainedTok
     write_json(out / "generation_config.json", {"do_sample": True, "temperature": 1.0, **ends})
 
 
+def read_dataset(path: str) -> Dataset:
+    """The questions and answers of split "train", as torchtitan's text datasets take them."""
+    rows = read_rows(path, "train", "question", "answer")
+    return Dataset.from_list([{"question": row.messages[0]["content"], "answer": row.answer} for row in rows])
+
+
 def train(out: Path, data: Path, steps: int, learning_rate: float, seed: int) -> None:
     """Train the flavor "tiny" with torchtitan's Trainer and write ``model.safetensors``."""
     # torchtitan reads the process group from here and takes a copy of the device at import
@@ -117,7 +125,7 @@ def train(out: Path, data: Path, steps: int, learning_rate: float, seed: int) ->
         question = [{"role": "user", "content": row["question"]}]
         return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) + row["answer"]
 
-    DATASETS["gsm8k_tiny_chat"] = DatasetConfig(str(data), lambda path: load_local(path, "train"), render)
+    DATASETS["gsm8k_tiny_chat"] = DatasetConfig(str(data), read_dataset, render)
     with tempfile.TemporaryDirectory() as dump_folder:
         settings = {
             "job.dump_folder": dump_folder,
@@ -183,7 +191,7 @@ def main() -> None:
         register_train_spec("tiny_qwen3", spec)
         model_args = spec.model_args["tiny"]
         args.out.mkdir(parents=True, exist_ok=True)
-        texts = [f"{row['question']}\n{row['answer']} user assistant system" for row in load_local(args.data, "train")]
+        texts = [f"{row['question']}\n{row['answer']} user assistant system" for row in read_dataset(str(args.data))]
         write_tokenizer(args.out, texts, model_args.vocab_size)
         write_configs(args.out, model_args, AutoTokenizer.from_pretrained(args.out))
         train(args.out, args.data, args.steps, args.learning_rate, args.seed)

@@ -9,7 +9,12 @@ import math
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator, ADVANTAGES, STD_EPSILON
+from torchtitan.experiments.rl.unified.algorithms.advantages import (
+    advantage_estimator,
+    ADVANTAGES,
+    share_without_signal,
+    STD_EPSILON,
+)
 
 REWARDS_PG = torch.tensor(
     [[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [-3.0, 2.5, 0.25, 1e6], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64
@@ -72,6 +77,13 @@ def test_a_group_depends_on_nothing_but_itself(name):
 def test_grpo_does_not_blow_up_rounding():
     rewards_PG = torch.tensor([[1.0, 1.0 + 1e-15]], dtype=torch.float64)
     assert ADVANTAGES["grpo"](rewards_PG).abs().max() < 1e-6
+
+
+def test_share_without_signal():
+    assert share_without_signal(REWARDS_PG) == 0.25
+    assert share_without_signal(REWARDS_PG[1:2]) == 1.0
+    assert share_without_signal(REWARDS_PG[2:]) == 0.0
+    assert share_without_signal(torch.tensor([[0.1], [0.3]])) == 1.0
 
 
 def test_unknown_name_lists_the_known():

@@ -98,6 +98,17 @@ def test_zero_reward_is_for_truncated_completions_alone():
     assert rewards[0].parts == {"gsm8k": 1.0}, "what it would have got stays on record"
 
 
+def test_zero_reward_keeps_a_penalty():
+    config = load_job_config(["--rl.truncated_completions", "zero_reward", "--rl.prompts_per_step", "1"])
+    config.reward.weights = {"soft_overlong": 1.0}
+    task = Task(config)
+    limit = config.sampling.max_tokens
+    late = [Trajectory(r, [5] * limit, torch.zeros(limit), 0, "stop", "") for r in task.next_requests()]
+    scored = task.score([replace(late[0], finish_reason="length"), *late[1:]])
+    assert [r.total for r in scored.rewards] == [-1.0] * len(late)
+    assert torch.equal(scored.advantages, torch.zeros(len(late)))
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -161,12 +161,23 @@ BAD_INPUT = {
     ),
     "a template that raises": (
         lambda t: ["--model.hf_assets_path", template(t, "{{ raise_exception('no system role') }}")],
-        "chat template fails on row 1 of",
+        "train.jsonl, line 1: no system role",
     ),
-    "no dataset": (lambda t: ["--training.dataset_path", str(t / "none")], "does not exist"),
-    "row without answer": (lambda t: rows(t, {"question": "1+1?"}), "row 1 has no 'answer'"),
-    "row without question": (lambda t: rows(t, {"q": "1+1?", "answer": "#### 2"}), "row 1 has no 'question'"),
-    "unknown dataset": (lambda t: ["--training.dataset", "c4"], "there are gsm8k, gsm8k_tiny"),
+    "a template that loses the question": (
+        lambda t: ["--model.hf_assets_path", template(t, "Hello")],
+        "train.jsonl, line 1: it leaves out the user's message",
+    ),
+    "a misspelt argument of the template": (
+        lambda t: ["--data.template_kwargs", "enable_thinkin", "false"],
+        "reads no enable_thinkin; it reads add_generation_prompt, messages",
+    ),
+    "no dataset": (lambda t: ["--training.dataset_path", str(t / "none")], "there is no file or directory"),
+    "row without answer": (lambda t: rows(t, {"question": "1+1?"}), "rows.jsonl, line 1 has no 'answer'"),
+    "row without question": (
+        lambda t: rows(t, {"q": "1+1?", "answer": "#### 2"}),
+        "rows.jsonl, line 1 has no 'question'",
+    ),
+    "unknown dataset": (lambda t: ["--training.dataset", "c4"], "there is no 'c4', but gsm8k, gsm8k_tiny"),
     "more ranks than the batch": (
         lambda t: ["--parallelism.data_parallel_replicate_degree", "64"],
         "32 completions a step",

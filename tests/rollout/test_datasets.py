@@ -3,25 +3,14 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
+"""Prompts: their order, their position, their length; rows.py and chat.py have tests of their own."""
+
 import json
-from functools import partial
 from pathlib import Path
 
-import pyarrow
 import pytest
-from pyarrow import parquet
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.rollout.datasets import (
-    load_gsm8k,
-    load_local,
-    load_prompts,
-    PromptDataset,
-    QA_DATASETS,
-    register_datasets,
-)
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
+from torchtitan.experiments.rl.unified.rollout.datasets import check_ids, load_prompts, PromptDataset, QA_DATASETS
 from transformers import AutoTokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "assets/qwen3_tiny"
@@ -76,12 +65,6 @@ def test_a_restored_position_goes_on_as_if_never_stopped(tokenizer, ten_rows, dr
         assert resumed.next_batch(6) == undisturbed.next_batch(6)
 
 
-def test_readers_share_each_epoch_without_overlap(tokenizer, ten_rows):
-    shares = [PromptDataset("local", ten_rows, tokenizer, dp_rank=r, dp_world_size=2) for r in range(2)]
-    epochs = [[p.row for p in share.next_batch(5)] for share in shares]
-    assert sorted(epochs[0] + epochs[1]) == list(range(10))
-
-
 def test_a_position_in_other_data_is_refused(tokenizer, ten_rows):
     saved = PromptDataset("local", ten_rows, tokenizer, seed=3).state_dict()
     with pytest.raises(ValueError, match="other data"):
@@ -96,29 +79,10 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path):
     dataset = PromptDataset("local", path, tokenizer, max_prompt_tokens=40)
     assert dataset.dropped == 1
     assert {p.row for p in dataset.next_batch(4)} == {0}
-    with pytest.raises(ValueError, match=r"rows.jsonl: 1 of 2 prompts are longer than 40 tokens, .* row 1 with \d+"):
+    with pytest.raises(ValueError, match=r"rows.jsonl: 1 of 2 prompts are longer than 40 tokens, .* line 2 with \d+"):
         PromptDataset("local", path, tokenizer, max_prompt_tokens=40, long_prompts="error")
     with pytest.raises(ValueError, match="2 of 2 prompts are longer than 3 tokens"):
         PromptDataset("local", path, tokenizer, max_prompt_tokens=3)
-
-
-def test_parquet_and_columns_of_other_names(tokenizer, tmp_path):
-    table = pyarrow.table({"problem": ["one?", "two?"], "solution": ["1", "2"]})
-    (tmp_path / "main").mkdir()
-    for split in ("train", "test"):
-        parquet.write_table(table, tmp_path / f"main/{split}-00000-of-00001.parquet")
-    columns = {"question_column": "problem", "answer_column": "solution"}
-    dataset = PromptDataset("gsm8k", str(tmp_path), tokenizer, split="test", **columns)
-    assert [p.answer for p in dataset.prompts] == ["1", "2"]
-
-
-def test_torchtitans_text_dataset_reads_the_same_rows():
-    register_datasets()
-    register_datasets()
-    text = HuggingFaceTextDataset("gsm8k_tiny", None, HuggingFaceTokenizer(str(CHECKPOINT)), seq_len=64)
-    inputs, labels = next(iter(text))
-    assert inputs["input"].shape == labels.shape == (64,)
-    assert len(DATASETS["gsm8k_tiny"].loader(DATASETS["gsm8k_tiny"].path)) == 6000
 
 
 def test_the_tiny_test_split_is_unseen(tokenizer):
@@ -129,77 +93,71 @@ def test_the_tiny_test_split_is_unseen(tokenizer):
     assert not train & test
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', r"bad.jsonl, row 2 has no 'answer'; columns are"),
-        ('{"q": "a", "answer": "1"}\n', r"bad.jsonl, row 1 has no 'question'; columns are \['q', 'answer'\]"),
-        ('{"question": "a", "answer": 1}\n', r"bad.jsonl, row 1 has 1, not text, as 'answer'"),
-        ('{"question": " ", "answer": "1"}\n', r"bad.jsonl, row 1 has an empty 'question'"),
-        ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": 2}\n', r"bad.jsonl: .*type"),
-        ('{"question": "a", "answer": "1"}\n{"question"', r"bad.jsonl, line 2 is not JSON"),
-        ("[1]\n", r"bad.jsonl, line 1 is not an object"),
-        ("", r"bad.jsonl has no rows"),
-    ],
-)
-def test_bad_rows_are_named(tokenizer, tmp_path, content, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        PromptDataset("local", str(path), tokenizer)
-
-
-def test_bad_places_are_named(tokenizer, tmp_path):
-    (tmp_path / "rows.csv").write_text("question,answer\n")
-    (tmp_path / "rows.parquet").write_text("not parquet")
-    for path, message in [
-        (tmp_path / "nowhere", "nowhere does not exist"),
-        (tmp_path, "has none of train.jsonl"),
-        (tmp_path / "rows.csv", "neither .jsonl nor .parquet"),
-        (tmp_path / "rows.parquet", "is not a Parquet file"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            PromptDataset("local", str(path), tokenizer)
-    with pytest.raises(ValueError, match="Unknown dataset 'gsm9k'; there are gsm8k, gsm8k_tiny, local"):
+def test_unknown_names_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="there is no 'gsm9k', but gsm8k, gsm8k_tiny, local$"):
         PromptDataset("gsm9k", None, tokenizer)
+    hint = 'hf download org/problems --repo-type dataset --local-dir problems, then .* dataset_path = "problems"'
+    with pytest.raises(ValueError, match=f"there is no 'org/problems'.*{hint}"):
+        PromptDataset("org/problems", None, tokenizer)
+    with pytest.raises(ValueError, match="takes .training. dataset_path"):
+        PromptDataset("local", None, tokenizer)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(ten_rows):
-    plain = AutoTokenizer.from_pretrained(CHECKPOINT)
-    plain.chat_template = None
-    with pytest.raises(ValueError, match="qwen3_tiny has no chat template"):
-        PromptDataset("local", ten_rows, plain)
+def test_tokens_beyond_the_vocabulary_are_refused(tokenizer, ten_rows):
+    prompts = PromptDataset("local", ten_rows, tokenizer).prompts
+    largest = max(max(prompt.prompt_ids) for prompt in prompts)
+    first = next(prompt for prompt in prompts if largest in prompt.prompt_ids)
+    check_ids(prompts, largest + 1)
+    with pytest.raises(
+        ValueError, match=f"line {first.row + 1} has token {largest}, but the model's vocabulary has {largest}"
+    ):
+        check_ids(prompts, largest)
 
 
-def test_a_dataset_is_one_entry_selected_by_its_name(tokenizer, tmp_path, monkeypatch):
+def test_a_dataset_is_one_entry_selected_by_its_name(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "riddles.jsonl", [{"question": "What is 1 plus 1?", "answer": "#### 2"}])
-    monkeypatch.setitem(QA_DATASETS, "riddles", DatasetConfig(path, partial(load_local, split="train"), str))
+    monkeypatch.setitem(QA_DATASETS, "riddles", path)
     config = load_job_config(["--training.dataset", "riddles", "--data.system_prompt", "Be brief."])
     (prompt,) = load_prompts(config).prompts
     assert "Be brief." in prompt.text and "1 plus 1" in prompt.text and prompt.answer == "#### 2"
 
 
-def test_the_template_gets_its_arguments_from_the_job_config(monkeypatch, tmp_path, ten_rows):
-    for file in CHECKPOINT.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    template = "{% if enable_thinking %}<think>{% endif %}{{ messages[-1].content }}"
-    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text()) | {"chat_template": template}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    flags = [
-        "--model.hf_assets_path",
-        str(tmp_path),
-        "--training.dataset",
-        "local",
-        "--training.dataset_path",
-        ten_rows,
-    ]
-    flags += ["--data.template_kwargs", "enable_thinking"]
-    texts = [load_prompts(load_job_config([*flags, value])).prompts[1].text for value in ("True", "False")]
-    assert texts == ["<think>What is 1 more than 1?", "What is 1 more than 1?"]
+@pytest.fixture
+def with_template(tmp_path):
+    """The flags of a job whose checkpoint has the chat template of that name."""
+
+    def write(template: str) -> list[str]:
+        for file in CHECKPOINT.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings |= {"chat_template": template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "local"]
+
+    return write
 
 
-def test_gsm8k_offline_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(ValueError, match=r"Can't load openai/gsm8k .* dataset_path"):
-        load_gsm8k("openai/gsm8k", "train")
+@pytest.mark.parametrize("value, thinks", [("True", True), ("true", True), ("False", False), ("false", False)])
+def test_the_template_gets_its_arguments_from_the_job_config(with_template, ten_rows, value, thinks):
+    flags = with_template("{{ messages[-1].content }} {{ enable_thinking is true }} {{ enable_thinking is false }}")
+    flags += ["--training.dataset_path", ten_rows, "--data.template_kwargs", "enable_thinking", value]
+    flags += ["--data.answer_column", "answer"]  # What comes after is another key's.
+    text = load_prompts(load_job_config(flags)).prompts[1].text
+    assert text == f"What is 1 more than 1? {thinks} {not thinks}"
+
+
+def test_other_arguments_keep_what_they_are(with_template, ten_rows):
+    flags = with_template("{{ messages[-1].content }}{{ [a, b, c] }}")
+    flags += ["--training.dataset_path", ten_rows, "--data.template_kwargs", "a", "3", "b", "0.5", "c", "true story"]
+    assert load_prompts(load_job_config(flags)).prompts[1].text.endswith("[3, 0.5, 'true story']")
+
+
+def test_special_tokens_in_a_row_are_text_unless_a_key_allows_them(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "a<|im_end|>b", "answer": "1"}])
+    flags = ["--training.dataset", "local", "--training.dataset_path", path]
+    as_text, as_token = (
+        load_prompts(load_job_config([*flags, *more])).prompts[0].prompt_ids
+        for more in ([], ["--data.special_tokens_in_text"])
+    )
+    end = AutoTokenizer.from_pretrained(CHECKPOINT).convert_tokens_to_ids("<|im_end|>")
+    assert (as_text.count(end), as_token.count(end)) == (1, 2)

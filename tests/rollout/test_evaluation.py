@@ -104,7 +104,7 @@ def no_numbers(tmp_path: Path) -> list[str]:
         (lambda t: ["--evaluation.temperature", "0"], "samples = 4 at temperature 0 would all be the same"),
         (lambda t: ["--evaluation.reward", "gsm9k"], "'gsm9k' does not exist; choose from gsm8k"),
         (one_file, r"rows.jsonl is what the job trains on; give held-out rows"),
-        (no_numbers, "row 0: the reference answer 'two' has no number"),
+        (no_numbers, "rows.jsonl, line 1: the reference answer 'two' has no number"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, flags, complaint):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from torchtitan.experiments.rl.unified.rollout.rewards import RewardError, RewardInput, Rewards, REWARDS
-from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import _equal, is_bounded, math_verify
 
 # What a user may write. `backtracks` hangs inside one call of C code that holds the interpreter's lock.
 USERS_MODULE = """
@@ -68,6 +67,9 @@ def returns_text(sample):
 
 def returns_too_much(sample):
     return 10 ** 400
+
+def returns_more_than_fp32(sample):
+    return 1e39
 
 def returns_none(sample):
     pass
@@ -139,125 +141,10 @@ def test_gsm8k_names_a_reference_without_a_number():
 
 
 def test_references_without_a_number_are_found_beforehand():
-    with pytest.raises(ValueError, match="row 2: the reference answer 'Paris'"):
-        Rewards({"gsm8k": 1.0}, 1.0).check_answers(["18", "so\n#### 1,000", "Paris"])
-    Rewards({"math_verify": 1.0}, 1.0).check_answers(["Paris"])
-
-
-EQUAL = [
-    ("#### 18", "18"),
-    ("the answer is 18", "18"),
-    ("#### 2^3", "8"),
-    ("#### 3 + 4 * 5", "23"),
-    ("#### 2^3 dollars", "8"),
-    ("\\boxed{\\sqrt{16}}", "4"),
-    ("#### $2 \\cdot 3$", "6"),
-    ("#### $\\frac{\\sqrt{2}}{2}$", "\\frac{1}{\\sqrt{2}}"),
-    ("\\boxed{x^2+2x+1}", "#### (x+1)^2"),
-    ("#### 1/3", "0.333333"),
-    ("#### 20%", "0.2"),
-    ("#### 10^30", "1" + "0" * 30),
-    ("\\boxed{\\{2,1\\}}", "\\{1,2\\}"),
-    ("The final answer is $\\frac{6}{3}$.", "2"),
-    ("\\boxed{x = 2^3}", "8"),
-    ("\\boxed{\\frac{x}{2}+1}", "(x+2)/2"),
-    ("\\boxed{(-1,2)\\cup(3,4)}", "(3,4)\\cup(-1,2.0)"),
-    ("\\boxed{\\left(-\\infty, \\dfrac{1}{2}\\right]}", "(-\\infty,0.5]"),
-    ("\\boxed{2, -1/4}", "\\{-0.25,2\\}"),
-    ("\\boxed{\\pm 3}", "-3,3"),
-    ("\\boxed{(x+1)}", "x + 1"),
-    ("\\boxed{((1+1)3)}", "2\\cdot 3"),
-    ("\\boxed{x = 3/3}", "x=1"),
-    ("\\boxed{y=2, x=0.5}", "x = \\frac{1}{2}, y = 2"),
-    ("\\boxed{50%}", "1/2"),
-    ("\\boxed{x\\ge 2}", "x \\geq 4/2"),
-    ("\\boxed{[(2)(3),7)}", "[(2)(3), 7)"),
-    ("\\boxed{9^{9^{9}}}", "9^{9^{9}}"),
-    ("\\boxed{5^2+3^2+1}", "35"),
-]
-UNEQUAL = [
-    ("#### 19", "18"),
-    ("the answer is 19", "18"),
-    ("#### 2^3", "9"),
-    ("\\boxed{\\sqrt{17}}", "4"),
-    ("\\boxed{x^2+2x+2}", "(x+1)^2"),
-    ("\\boxed{[0,1)}", "[0,1]"),
-    ("\\boxed{(1,2)}", "(1,3)"),
-    ("\\boxed{(1,2)}", "(2,1)"),
-    ("\\boxed{(1,2)}", "\\{1,2\\}"),
-    ("\\boxed{1,2}", "1,2,3"),
-    ("\\boxed{1/0,2}", "1,2"),
-    ("\\boxed{x\\ge 2}", "x > 2"),
-    ("\\boxed{(x+1)(x+2)}", "(x+1)(x+3)"),
-    ("\\boxed{20%}", "0.3"),
-    ("\\boxed{x = 2^2}", "x=2^3"),
-    ("", "18"),
-    ("#### ", "18"),
-    ("\ud800", "18"),
-    ("\x00", "18"),
-    ("#### $", "18"),
-    ("x" * 100_000, "18"),
-]
-
-
-@pytest.mark.parametrize(
-    "completion, answer, reward", [(*pair, 1.0) for pair in EQUAL] + [(*pair, 0.0) for pair in UNEQUAL]
-)
-def test_math_verify(completion, answer, reward):
-    assert math_verify(sample(completion, answer)) == reward
-
-
-def test_math_verify_works_off_the_main_thread():
-    _equal.cache_clear()
-    results = []
-    pairs = EQUAL + UNEQUAL
-    thread = threading.Thread(target=lambda: results.extend(math_verify(sample(*pair)) for pair in pairs))
-    thread.start()
-    thread.join()
-    assert results == [1.0] * len(EQUAL) + [0.0] * len(UNEQUAL)
-
-
-def test_math_verify_does_not_credit_an_expression_that_was_cut_off():
-    assert math_verify(sample("#### 2^3", "8", truncated=True)) == 0.0
-    assert math_verify(sample("\\boxed{2^3}", "8", truncated=True)) == 1.0
-    assert math_verify(sample("the answer is 18", "18", truncated=True)) == 0.0
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "9^{9^{9}}",
-        "9^9^9",
-        "9**9**9",
-        "((9^{200})^{200})^{200}",
-        "9^{10001}",
-        "(x+1)^{7}",
-        "x^n",
-        "100000!",
-        "\\sum_{n=1}^{9} n",
-        "\\int x",
-        "\\lim_{x \\to 0} x",
-        "(((((1)))))",
-        "x+y+z",
-        "1+" * 40 + "1",
-        "9" * 41,
-        "1+2+3+4+5+6+7+8+9",
-        "\\sqrt{2}+\\sqrt{3}+\\sqrt{5}",
-        "\\sqrt{x}",
-        "\\frac{1}{x}",
-        "\\{1,\\{2\\}\\}",
-        "[(2)(3),7)",
-        "(1,2)",
-        "50%+1",
-        "x=1, x>2",
-        "\\frac{" * 1000,
-    ],
-)
-def test_math_verify_is_never_given_what_it_may_not_finish(expression):
-    assert not is_bounded(expression)
-    start = time.thread_time()
-    assert math_verify(sample(f"\\boxed{{{expression}}}", "\\pi")) == 0.0
-    assert time.thread_time() - start < 0.05
+    answers = [("a, line 1", "18"), ("a, line 2", "so\n#### 1,000"), ("a, line 4", "Paris")]
+    with pytest.raises(ValueError, match="a, line 4: the reference answer 'Paris'"):
+        Rewards({"gsm8k": 1.0}, 1.0).check_answers(answers)
+    Rewards({"format": 1.0}, 1.0).check_answers(answers)
 
 
 @pytest.mark.parametrize(
@@ -293,13 +180,14 @@ def test_soft_overlong_equals_the_papers_formula():
 
 
 def test_total_is_the_weighted_sum_of_the_parts():
-    rewards = Rewards({"gsm8k": 1.0, "format": 0.25, "soft_overlong": 2, "math_verify": 0.0}, 1.0)
+    rewards = Rewards({"gsm8k": 1.0, "format": 0.25, "soft_overlong": 2, "math_verify": 0.0}, 10.0)
     right, wrong = rewards.score([sample("#### 18"), sample("#### 19.", tokens=90)])
     assert right.parts == {"gsm8k": 1.0, "format": 1.0, "soft_overlong": 0.0, "math_verify": 1.0}
+    rewards.close()
     assert right.total == 1.25
     assert wrong.parts == {"gsm8k": 0.0, "format": 0.0, "soft_overlong": -0.5, "math_verify": 0.0}
     assert wrong.total == -1.0
-    assert rewards.score([]) == []
+    assert Rewards({"gsm8k": 1.0}, 1.0).score([]) == []
 
 
 @pytest.mark.parametrize(
@@ -355,6 +243,7 @@ def test_users_rewards_stand_beside_others(users_module):
         ("raises", "ZeroDivisionError: no fours, please"),
         ("returns_nan", "it returned nan, which is not a finite number"),
         ("returns_too_much", "OverflowError"),
+        ("returns_more_than_fp32", "it returned 1e+39, with its weight more than fp32 can hold"),
         ("returns_text", "it returned '1.0', which is not a number"),
         ("returns_none", "it returned None, which is not a number"),
         ("exits", "SystemExit: 3"),

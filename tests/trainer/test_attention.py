@@ -81,7 +81,7 @@ def test_every_inner_attention_is_replaced_and_a_model_without_one_is_an_error()
 
 
 def test_the_trainers_attention_does_not_import_vllm():
-    code = "import sys, torchtitan.experiments.rl.unified.model.attention; sys.exit('vllm' in sys.modules)"
+    code = "import sys, torchtitan.experiments.rl.unified.trainer.attention; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

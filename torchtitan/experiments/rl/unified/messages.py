@@ -97,11 +97,13 @@ class Scored:
         rewards: total and parts of each.
         advantages: fp32 (trajectories,).
         asked: (prompt, reference answer) of each.
+        without_signal: share of the groups whose rewards are all equal.
     """
 
     rewards: list[RewardResult]
     advantages: torch.Tensor
     asked: list[tuple[str, str]]
+    without_signal: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ def advantage_estimator(name: str, group_size: int) -> Estimator:
     return ADVANTAGES[name]
 
 
+def share_without_signal(rewards_PG: torch.Tensor) -> float:
+    """The share of groups whose rewards are all equal, which have nothing to tell completions apart by."""
+    return (rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)).double().mean().item()
+
+
 def _centred(rewards: torch.Tensor, dim: int) -> torch.Tensor:
     """`rewards` less their mean over `dim`; exactly 0 where all are equal, whose mean may be a rounding error away."""
     equal = rewards.amax(dim, keepdim=True) == rewards.amin(dim, keepdim=True)

@@ -83,6 +83,7 @@ def write_toml(config: JobConfig, path: Path) -> None:
 
 def resolve_path(path: str) -> str:
     """Absolute `path`; a relative one that is not below the working directory is looked for in the repository."""
+    path = os.path.expanduser(path)
     in_repository = REPOSITORY / path
     return os.path.abspath(path if os.path.exists(path) or not in_repository.exists() else in_repository)
 

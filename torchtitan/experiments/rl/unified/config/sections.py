@@ -27,7 +27,7 @@ class RL:
 
     truncated_completions: Literal["train", "mask", "zero_reward"] = "train"
     """What to do with completions cut off at sampling.max_tokens: train on them like on others, keep their tokens out
-    of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0"""
+    of the loss and its token count (overlong filtering, DAPO, arXiv:2503.14476), or give them a reward of 0 at most"""
 
     log_samples: Annotated[int, COUNT_OR_NONE] = 6
     """Completions a step written to samples.jsonl: in turn the best, the worst and a truncated one"""
@@ -40,10 +40,10 @@ class RL:
 @dataclass
 class Data:
     question_column: str = "question"
-    """Column of the dataset that holds the problem"""
+    """Column of the dataset that holds the problem: text, or a list of messages. "a.b" is the field b of column a"""
 
     answer_column: str = "answer"
-    """Column that holds the reference answer"""
+    """Column that holds the reference answer, text or a number; likewise"""
 
     overlong_prompts: Literal["drop", "error"] = "error"
     """What to do with a prompt that leaves no room for sampling.max_tokens: drop and count it, or stop"""
@@ -53,6 +53,9 @@ class Data:
 
     template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """More arguments of the tokenizer's chat template, such as Qwen3's enable_thinking"""
+
+    special_tokens_in_text: bool = False
+    """The name of a special token in a question or in system_prompt is that token; else it is text, as all the rest"""
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Replica:
         self._procs = self.host.spawn_procs(per_host={"ranks": 1}, name=self.name, proc_bind=binding)
         self._actor = self._procs.spawn(self.name, GeneratorActor, self.config, self.first_gpu)
         limit = self.config.comm.init_timeout_seconds
-        await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
+        self.arithmetic = await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
         if self._update is not None:
             await self._fetch()
 
@@ -128,7 +128,7 @@ class Generators:
         return [trajectory for part in parts for trajectory in part]
 
     async def update_weights(self, update: WeightUpdate) -> float:
-        """Brings the weights of `update` to every engine; returns the share of them that changed. Errors as Replica's."""
+        """Brings the weights of `update` to every engine; returns the share that changed. Errors as Replica's."""
         results = await asyncio.gather(*(replica.update_weights(update) for replica in self.replicas))
         return max(result.changed for result in results)
 

@@ -6,6 +6,7 @@
 """Where the processes of a job run: Monarch host meshes, by `[cluster]`."""
 
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.errors import ParityError
 
 
 class Hosts:
@@ -40,3 +41,22 @@ class Hosts:
 def bind_to_cores(cores: str, ranks: int) -> list[dict[str, str]] | None:
     """Monarch's `proc_bind` of `ranks` processes that share the CPU cores in `cores`, such as "0-3,8"; "": any."""
     return [{"cpus": cores}] * ranks if cores else None
+
+
+def one_arithmetic(found: dict[str, str]) -> str:
+    """What all processes compute by.
+
+    Args:
+        found: by the process's name, see `Device.arithmetic`.
+
+    Raises:
+        ParityError: names two that differ.
+    """
+    (first, one), *others = found.items()
+    for name, other in others:
+        if other != one:
+            raise ParityError(
+                f"{first} computes by {one}, {name} by {other}: their log-probs would differ. Run both on machines of "
+                "one kind, or cap the better one with RL_CPU_ISA"
+            )
+    return one

@@ -10,6 +10,7 @@ import logging
 
 from torchtitan.experiments.rl.unified.config.derived import steps_ahead
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.controller.hosts import one_arithmetic
 from torchtitan.experiments.rl.unified.controller.loops import generate, train
 from torchtitan.experiments.rl.unified.controller.queue import Batch, TrajectoryQueue
 from torchtitan.experiments.rl.unified.errors import TrainerLost, WeightTransferError
@@ -55,6 +56,9 @@ async def attempt(config: JobConfig, meshes, task: Task, evaluation: Evaluation)
         TrainerLost: a rank of the trainer was lost; another attempt may follow.
     """
     (step, state), _ = await asyncio.gather(meshes.trainer.start(), meshes.generators.start())
+    if config.parity.check != "off":
+        engines = {replica.name: replica.arithmetic for replica in meshes.generators.replicas}
+        one_arithmetic({"the trainer": meshes.trainer.arithmetic} | engines)
     batches = [Batch([Trajectory.from_dict(values) for values in batch]) for batch in state.get("batches", [])]
     queue = TrajectoryQueue(steps_ahead(config), step, batches)
     task.load_state_dict(state.get("task"))

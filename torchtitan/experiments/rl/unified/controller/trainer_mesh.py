@@ -14,7 +14,7 @@ from monarch.spmd import setup_torch_elastic_env_async
 from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.controller.calls import answer, stop
-from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores
+from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores, one_arithmetic
 from torchtitan.experiments.rl.unified.errors import ProcessLost, TrainerLost
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.trainer.actor import TrainerActor
@@ -34,9 +34,14 @@ class TrainerMesh:
     def __init__(self, config: JobConfig, host: HostMesh) -> None:
         self.config, self.host = config, host
         self._procs = None
+        self.arithmetic = ""
 
     async def start(self) -> tuple[int, dict[str, Any]]:
-        """Starts the ranks, again if they ran; returns the step they stand at and the task's state there."""
+        """Starts the ranks, again if they ran; returns the step they stand at and the task's state there.
+
+        Raises:
+            ParityError: their hosts compute by different instructions.
+        """
         await self.stop()
         ranks = trainer_ranks(self.config) // len(self.config.cluster.trainer or [None])
         binding = bind_to_cores(self.config.trainer.cores, ranks)
@@ -44,10 +49,12 @@ class TrainerMesh:
         await setup_torch_elastic_env_async(self._procs)
         self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
         limit = self.config.comm.init_timeout_seconds
-        started = _rank0(await self._call(self._actors.setup.call(), "the trainer to start", limit))
+        answers = await self._call(self._actors.setup.call(), "the trainer to start", limit)
+        self.arithmetic = one_arithmetic({f"trainer rank {i}": a for i, (_, (*_, a)) in enumerate(answers.items())})
         # Started again it goes on from what this run has saved since, not from the step that the run began with.
         self.config = replace(self.config, checkpoint=replace(self.config.checkpoint, load_step=-1))
-        return started
+        step, state, _ = _rank0(answers)
+        return step, state
 
     async def step(self, trajectories: list[Trajectory], advantages: torch.Tensor) -> list[Any]:
         """One optimizer step; returns each rank's trainer.StepResult."""

@@ -91,6 +91,18 @@ class Device(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of query, key and value, with one order of sums."""
 
+    @abstractmethod
+    def arithmetic(self) -> str:
+        """Names what decides the bits here: two processes in which it differs compute other ones."""
+
+    @abstractmethod
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        """For a model that only generates, with its weights loaded: what makes its products fast."""
+
+    @abstractmethod
+    def weights_changed(self, model: torch.nn.Module) -> None:
+        """Brings up to date what `prepare_model` made of weights that have changed in place; WeightTransferError."""
+
     # vLLM's own arithmetic (VLLM_COMPAT), with a backward.
 
     @abstractmethod

@@ -8,6 +8,7 @@
 import ctypes
 import functools
 import inspect
+import re
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    source = (folder / f"{name}.cpp").read_text()
+    source = _with_headers(folder / f"{name}.cpp")
     # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
     source += f"\n// {torch.backends.cpu.get_cpu_capability()}\n"
     # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
@@ -52,3 +53,13 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
         ) from error
     except CppCompileError as error:
         raise RuntimeError(f"{name}.cpp does not compile on this machine:\n{error}") from error
+
+
+def _with_headers(path: Path) -> str:
+    """A source with the headers that lie beside it in their places, so that the cache's key has them."""
+    return re.sub(
+        r'^#include "(.+)"$',
+        lambda match: _with_headers(path.parent / match[1]),
+        path.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )

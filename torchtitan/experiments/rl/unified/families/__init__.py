@@ -74,8 +74,8 @@ def _named(model: PolicyModel, flavor: str, path: str) -> PolicyModel:
     ]
     if differences:
         raise ValueError(
-            f"{path}/config.json does not fit the model flavor {flavor}: {'; '.join(differences)}. Leave [model] flavor "
-            "empty to take the checkpoint's own"
+            f"{path}/config.json does not fit the model flavor {flavor}: {'; '.join(differences)}. Leave [model] "
+            "flavor empty to take the checkpoint's own"
         )
     return PolicyModel(model.family, flavors[flavor], flavor)
 

@@ -93,8 +93,8 @@ class Family(ABC):
         sizes = self.geometry(args)
         if sizes.heads % tensor_parallel_degree or sizes.kv_heads % tensor_parallel_degree:
             raise ValueError(
-                f"tensor_parallel_degree = {tensor_parallel_degree} does not divide the model's {sizes.heads} heads and "
-                f"{sizes.kv_heads} key/value heads"
+                f"tensor_parallel_degree = {tensor_parallel_degree} does not divide the model's {sizes.heads} heads "
+                f"and {sizes.kv_heads} key/value heads"
             )
 
     def tensor_parallel_plan(self, model: nn.Module) -> dict[str, ParallelStyle]:

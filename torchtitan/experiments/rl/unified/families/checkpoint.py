@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The fields of `path`/config.json, those of RoPE at the top: rope_theta, rope_type, rope_scaling (None: not scaled).
+    """The fields of `path`/config.json, RoPE's at the top: rope_theta, rope_type, rope_scaling (None: not scaled).
 
     Raises:
         ValueError: there is no such directory or file, or it is not a JSON object.

@@ -8,6 +8,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.cpu.vllm import use_torch_linears
 from torchtitan.experiments.rl.unified.weights.placement import Placement
 from torchtitan.models.qwen3 import Qwen3ModelArgs, Qwen3StateDictAdapter
@@ -69,6 +70,7 @@ class VllmPolicyForCausalLM(Qwen3ForCausalLM):
             difference = sorted(named.keys() ^ self.checkpoint_names)
             raise ValueError(f"a weight update must bring each parameter: {difference} do not match")
         super().load_weights(named.items())
+        this_device().weights_changed(self)
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank holds what of each of TorchTitan's parameters: found in vLLM's layers, not by its loader."""

@@ -25,11 +25,12 @@ class GeneratorActor(Actor):
         self.config, self.first_gpu = config, first_gpu
 
     @endpoint
-    def setup(self) -> None:
-        """Starts the engine on the checkpoint's weights."""
+    def setup(self) -> str:
+        """Starts the engine on the checkpoint's weights; returns its arithmetic."""
         prepare_environment()
         this_device().use_cards(self.first_gpu, self.config.generator.tensor_parallel_degree)
         self.generator = Generator(self.config)
+        return this_device().arithmetic()
 
     @endpoint
     def generate(self, requests: list[Request]) -> list[Trajectory]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.attention import to_packed
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
 from torchtitan.experiments.rl.unified.weights.placement import full_to_param, Placement
@@ -99,6 +100,7 @@ class TorchTitanForCausalLM(nn.Module):
         if missing := own.keys() - state_dict.keys():
             raise ValueError(f"the checkpoint has no weights for {sorted(missing)} of the TorchTitan model")
         self.update_weights((name, state_dict[name]) for name in own)
+        this_device().prepare_model(self)
         return {name for name, _ in self.named_parameters()}
 
     @torch.no_grad()
@@ -119,6 +121,7 @@ class TorchTitanForCausalLM(nn.Module):
             )
         for name, full in given.items():
             full_to_param(full, own[name], lasting)
+        this_device().weights_changed(self)
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank holds what of each of the TrainSpec model's parameters."""

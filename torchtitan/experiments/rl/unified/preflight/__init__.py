@@ -23,9 +23,11 @@ from torchtitan.experiments.rl.unified.preflight.model import (
     model_of_job,
 )
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
+from torchtitan.experiments.rl.unified.rollout.rows import read_rows
 from torchtitan.experiments.rl.unified.rollout.task import Task
 from torchtitan.experiments.rl.unified.weights.checks import check_transport
 
@@ -85,6 +87,8 @@ def check(config: JobConfig) -> Job:
     passes(lambda job: policy_loss(job.policy_loss) and None)
     task = checkpoint and passes(Task)
     evaluation = checkpoint and passes(Evaluation)
+    if task:
+        passes(lambda job: check_tokens(job, task))
     if not task:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
@@ -103,4 +107,5 @@ def _read_rows(config: JobConfig) -> None:
     """The rows alone, where there is no tokenizer to make prompts of them."""
     if (name := config.training.dataset) not in QA_DATASETS:
         raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
-    QA_DATASETS[name].loader(config.training.dataset_path or QA_DATASETS[name].path, split="train")
+    place = config.training.dataset_path or QA_DATASETS[name]
+    read_rows(place, "train", config.data.question_column, config.data.answer_column)

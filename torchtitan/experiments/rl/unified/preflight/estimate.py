@@ -229,6 +229,7 @@ def _generators(config: JobConfig, parameters: int) -> list[ProcessGroup]:
     memory = {
         "libraries": BASE_BYTES["generator"],
         "weights": weights,
+        "packed weights": weights if this_device().in_host_memory and config.parity.check != "off" else 0,
         "KV cache": int(generator.kv_cache_gib * GIB),
     }
     threads, here = _threads(generator.num_threads, generator.cores, ranks), not config.cluster.generators

@@ -47,6 +47,7 @@ def write_provenance(config: JobConfig, path: Path, first_step: int) -> None:
             "first_step": first_step,
             "versions": versions(),
             "machine": machine(),
+            "arithmetic": this_device().arithmetic(),
             "threads": {
                 "torch": torch.get_num_threads(),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),

@@ -3,94 +3,32 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Prompts: rows of a question and its answer, through TorchTitan's dataset registry.
+"""Prompts: questions in the chat template, in an order without end that can be gone on from.
 
 To add a dataset, add an entry to ``QA_DATASETS``; ``[training] dataset = "its name"`` then selects it.
 """
 
 import hashlib
-import json
 import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, load_dataset
-from jinja2 import TemplateError
-from pyarrow import ArrowException, parquet
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate
+from torchtitan.experiments.rl.unified.rollout.rows import download_hint, GSM8K_HUB_ID, read_rows
 from transformers import PreTrainedTokenizerBase
 
-GSM8K_HUB_ID = "openai/gsm8k"
 REPOSITORY = Path(__file__).parents[5]
 
-
-def load_local(path: str, split: str) -> Dataset:
-    """Read rows from a JSONL or Parquet file, or from a directory with one of them for each split.
-
-    Args:
-        path: A file (all its rows are taken, whatever ``split`` is), or a directory with
-            ``<split>.jsonl``, ``<split>.parquet`` or a Hub clone's ``main/<split>-*.parquet``.
-        split: "train" or "test".
-
-    Raises:
-        ValueError: No such path, no such split in it, a file of another kind or one that can't be read.
-    """
-    files = local_files(path, split)
-    try:
-        return Dataset.from_list([row for file in files for row in _read_file(file)])
-    except ArrowException as e:
-        raise ValueError(f"{files[0]}: the rows disagree on the type of a column: {e}") from None
-
-
-def local_files(path: str, split: str) -> list[Path]:
-    """The files that :func:`load_local` reads; arguments and errors as there."""
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(f"Dataset path {path} does not exist; set [training] dataset_path to a file or directory.")
-    if place.is_file():
-        return [place]
-    patterns = [f"{split}.jsonl", f"{split}.parquet", f"main/{split}-*.parquet"]
-    for pattern in patterns:
-        if files := sorted(place.glob(pattern)):
-            return files
-    raise ValueError(f"Dataset directory {path} has none of {', '.join(patterns)}.")
-
-
-def load_gsm8k(path: str, split: str) -> Dataset:
-    """Load openai/gsm8k (arXiv:2110.14168), config "main": from the Hub or its cache, or from a local copy."""
-    if path != GSM8K_HUB_ID:
-        return load_local(path, split)
-    try:
-        return load_dataset(path, "main", split=split)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"Can't load {path} ({e}); offline, set [training] dataset_path to a local copy.") from e
-
-
-def question_and_answer(row: dict[str, Any]) -> str:
-    """The text of a row for TorchTitan's own text training."""
-    return f"{row['question']}\n{row['answer']}"
-
-
-def _entry(path: str | Path, load: Callable[..., Dataset]) -> DatasetConfig:
-    return DatasetConfig(str(path), partial(load, split="train"), question_and_answer)
-
-
-QA_DATASETS: dict[str, DatasetConfig] = {
-    "gsm8k": _entry(GSM8K_HUB_ID, load_gsm8k),
-    "gsm8k_tiny": _entry(REPOSITORY / "tests/assets/gsm8k_tiny", load_local),
+# Name -> where its rows are; `read_rows` says what may stand there.
+QA_DATASETS = {
+    "gsm8k": GSM8K_HUB_ID,
+    "gsm8k_tiny": str(REPOSITORY / "tests/assets/gsm8k_tiny"),
     # Anyone's own rows: [training] dataset_path says where they are.
-    "local": _entry("", load_local),
+    "local": "",
 }
-
-
-def register_datasets() -> None:
-    """Add ``QA_DATASETS`` to TorchTitan's registry. Calling it again changes nothing."""
-    DATASETS.update(QA_DATASETS)
 
 
 @dataclass(frozen=True)
@@ -99,6 +37,7 @@ class Prompt:
 
     Attributes:
         row: Its row in the dataset, from 0.
+        place: Where that is, for people: file and line.
         epoch: The epoch that it was drawn in, from 0.
         text: What the model reads, with the chat template's marks.
         prompt_ids: ``text`` in tokens; nothing is tokenised again later.
@@ -106,6 +45,7 @@ class Prompt:
     """
 
     row: int
+    place: str
     epoch: int
     text: str
     prompt_ids: tuple[int, ...]
@@ -124,16 +64,16 @@ class PromptDataset:
         tokenizer: Its chat template makes the prompts.
         seed: Of the order.
         split: "train" or "test".
-        question_column, answer_column: Names of the columns, both text.
+        question_column, answer_column: Where the two are, see `read_rows`.
         max_prompt_tokens: The longest prompt allowed.
         long_prompts: "drop" leaves longer ones out and counts them in ``dropped``; "error" refuses them.
         system_prompt: A system message to put before each question; empty: none.
         template_kwargs: More arguments of the chat template, such as Qwen3's ``enable_thinking``.
-        dp_rank, dp_world_size: This reader's share: every ``dp_world_size``-th prompt of each epoch.
+        special_tokens_in_text: A special token's name in a row is that token, not text.
 
     Raises:
-        ValueError: No such dataset or path, no rows or none that fits, a row without question or answer,
-            a prompt that is too long (with "error"), or a tokenizer without a chat template or with one that fails.
+        ValueError: No such dataset or path, no rows or none that fits, a row that cannot be used, a prompt that is too
+            long (with "error"), or a chat template that fails or leaves out what it was given.
     """
 
     def __init__(
@@ -150,48 +90,30 @@ class PromptDataset:
         long_prompts: Literal["drop", "error"] = "drop",
         system_prompt: str = "",
         template_kwargs: dict[str, Any] | None = None,
-        dp_rank: int = 0,
-        dp_world_size: int = 1,
+        special_tokens_in_text: bool = False,
     ) -> None:
         if name not in QA_DATASETS:
-            raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
-        if not tokenizer.chat_template:
-            raise ValueError(f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template.")
-        register_datasets()
-        entry = DATASETS[name]
-        where = path or entry.path
-        rows = entry.loader(where, split=split)
-        questions, answers = (_text_column(rows, column, where, split) for column in (question_column, answer_column))
-
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        texts = []
-        for question in questions:
-            messages = [*system, {"role": "user", "content": question}]
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
-                )
-            except (TemplateError, TypeError) as e:
-                raise ValueError(
-                    f"The tokenizer's chat template fails on row {len(texts) + 1} of {where}: {e}; look at [data] "
-                    "system_prompt and template_kwargs."
-                ) from e
-            texts.append(text)
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        everything = [Prompt(i, 0, texts[i], tuple(ids[i]), answers[i]) for i in range(len(rows))]
+            known = ", ".join(sorted(QA_DATASETS))
+            raise ValueError(f"[training] dataset: there is no {name!r}, but {known}{download_hint(name)}")
+        where = path or QA_DATASETS[name]
+        if not where:
+            raise ValueError(f'[training] dataset = "{name}" takes [training] dataset_path, a file or directory')
+        template = ChatTemplate(tokenizer, template_kwargs or {}, system_prompt, special_tokens_in_text)
+        rows = read_rows(where, split, question_column, answer_column)
+        everything = [
+            Prompt(i, row.place, 0, text, tuple(ids), row.answer)
+            for i, (row, (text, ids)) in enumerate(zip(rows, template.encode(rows), strict=True))
+        ]
         self.prompts = [p for p in everything if max_prompt_tokens is None or len(p.prompt_ids) <= max_prompt_tokens]
         self.dropped = len(everything) - len(self.prompts)
         if self.dropped and (long_prompts == "error" or not self.prompts):
             longest = max(everything, key=lambda p: len(p.prompt_ids))
             raise ValueError(
                 f"{where}: {self.dropped} of {len(everything)} prompts are longer than {max_prompt_tokens} tokens, "
-                f"the longest is row {longest.row} with {len(longest.prompt_ids)}."
+                f"the longest is that of {longest.place} with {len(longest.prompt_ids)}."
             )
-        if len(self.prompts) < dp_world_size:
-            raise ValueError(f"{where}: {len(self.prompts)} rows can't be shared by {dp_world_size} readers.")
-
-        self._seed, self._dp_rank, self._dp_world_size = seed, dp_rank, dp_world_size
-        self._data = _digest(self.prompts, seed, dp_rank, dp_world_size)
+        self._seed = seed
+        self._data = _digest(self.prompts, seed)
         self._start_epoch(0)
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -212,58 +134,39 @@ class PromptDataset:
         """Go to a saved position.
 
         Raises:
-            ValueError: It was saved with other rows, prompts, shares or another seed.
+            ValueError: It was saved with other rows, prompts or another seed.
         """
         if state_dict["data"] != self._data:
             raise ValueError(
-                "This position was saved with other data: to resume, keep the dataset, tokenizer, seed and readers."
+                "This position was saved with other data: to resume, keep the data set, [data], tokenizer and seed. (A "
+                "chat template that writes the date makes other prompts each day; [data] template_kwargs may set it.)"
             )
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
 
     def _start_epoch(self, epoch: int) -> None:
-        order = list(range(len(self.prompts)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        self._order = list(range(len(self.prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         self._epoch, self._position = epoch, 0
-        self._order = order[self._dp_rank :: self._dp_world_size]
 
 
-def _read_file(file: Path) -> list[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        try:
-            return parquet.read_table(file).to_pylist()
-        except ArrowException as e:
-            raise ValueError(f"{file} is not a Parquet file: {e}") from None
-    if file.suffix != ".jsonl":
-        raise ValueError(f"{file} is neither .jsonl nor .parquet.")
-    rows = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{file}, line {number} is not JSON: {e}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is not an object with columns.")
-            rows.append(row)
-    return rows
+def check_ids(prompts: Iterable[Prompt], vocab_size: int) -> None:
+    """Every token of `prompts` is in a model's vocabulary.
+
+    Raises:
+        ValueError: names the first row that has another, which the tokenizer of another model would give.
+    """
+    for prompt in prompts:
+        if (largest := max(prompt.prompt_ids)) >= vocab_size:
+            raise ValueError(
+                f"{prompt.place} has token {largest}, but the model's vocabulary has {vocab_size}: the tokenizer in "
+                "[model] hf_assets_path is another model's, or has tokens that the model was not given"
+            )
 
 
-def _text_column(rows: Dataset, column: str, where: str, split: str) -> list[str]:
-    files = ", ".join(map(str, local_files(where, split))) if Path(where).exists() else where
-    if not len(rows):
-        raise ValueError(f"{files} has no rows.")
-    values = rows[column] if column in rows.column_names else [None] * len(rows)
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, str) or not value.strip():
-            problem = "no" if value is None else "an empty" if isinstance(value, str) else f"{value!r}, not text, as"
-            raise ValueError(f"{files}, row {number} has {problem} {column!r}; columns are {rows.column_names}.")
-    return list(values)
-
-
-def _digest(prompts: list[Prompt], *settings: int) -> str:
+def _digest(prompts: list[Prompt], seed: int) -> str:
     content = [(p.row, p.prompt_ids, p.answer) for p in prompts]
-    return hashlib.sha256(repr((content, settings)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((content, seed)).encode()).hexdigest()[:16]
 
 
 def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
@@ -301,6 +204,7 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
             long_prompts=config.data.overlong_prompts,
             system_prompt=config.data.system_prompt,
             template_kwargs=config.data.template_kwargs,
+            special_tokens_in_text=config.data.special_tokens_in_text,
         )
     except ValueError as error:
         if "longer than" in str(error):

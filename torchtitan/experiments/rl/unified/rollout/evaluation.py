@@ -35,7 +35,7 @@ class Evaluation:
         prompts = load_prompts(config, held_out=True)
         self.problems = prompts.next_batch(min(self.config.problems or len(prompts.prompts), len(prompts.prompts)))
         self.rewards = Rewards({self.config.reward: 1.0}, config.reward.timeout_seconds)
-        self.rewards.check_answers([problem.answer for problem in self.problems])
+        self.rewards.check_answers((problem.place, problem.answer) for problem in self.problems)
 
     def close(self) -> None:
         """Ends the process of a user's reward, if there is one."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator
+from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator, share_without_signal
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.messages import completion_seed, Request, Scored, Trajectory
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, Prompt
@@ -31,7 +31,7 @@ class Task:
         self.estimate = advantage_estimator(config.advantage.name, config.rl.group_size)
         self.rewards = Rewards(config.reward.weights, timeout_seconds=config.reward.timeout_seconds)
         self.prompts = load_prompts(config)
-        self.rewards.check_answers([prompt.answer for prompt in self.prompts.prompts])
+        self.rewards.check_answers((prompt.place, prompt.answer) for prompt in self.prompts.prompts)
         self._start = self.prompts.state_dict()
         self._prompts = {prompt.row: prompt for prompt in self.prompts.prompts}
 
@@ -58,9 +58,11 @@ class Task:
         inputs = reward_inputs(asked, trajectories, self.config.sampling.max_tokens)
         rewards = self.rewards.score(inputs)
         if self.config.rl.truncated_completions == "zero_reward":
-            rewards = [replace(r, total=0.0) if t.truncated else r for r, t in zip(rewards, trajectories)]
+            # Being cut off must not raise a reward, either: a penalty (soft_overlong) stays.
+            rewards = [replace(r, total=min(r.total, 0.0)) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
-        return Scored(rewards, self.estimate(rewards_PG).flatten(), [(i.prompt, i.answer) for i in inputs])
+        asked = [(i.prompt, i.answer) for i in inputs]
+        return Scored(rewards, self.estimate(rewards_PG).flatten(), asked, share_without_signal(rewards_PG))
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"

@@ -29,8 +29,8 @@ class TrainerActor(Actor):
         self.config = config
 
     @endpoint
-    def setup(self) -> tuple[int, dict[str, Any]]:
-        """Builds the trainer and loads its state; returns the step it stands at and the task's state there."""
+    def setup(self) -> tuple[int, dict[str, Any], str]:
+        """Builds the trainer and loads its state; returns its step, the task's state there and its arithmetic."""
         prepare_environment()
         torch.set_num_threads(self.config.trainer.num_threads or threads_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
         this_device().prepare_trainer()
@@ -39,7 +39,7 @@ class TrainerActor(Actor):
         self.trainer = RLTrainer(self.config)
         self.trainer.load()
         self.transport = build_transport(self.config)
-        return self.trainer.step, self.trainer.task_state
+        return self.trainer.step, self.trainer.task_state, this_device().arithmetic()
 
     @endpoint
     def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):

@@ -60,6 +60,22 @@ class Cpu(Device):
 
         return attention.packed_backward(*args)
 
+    def arithmetic(self) -> str:
+        from torchtitan.experiments.rl.unified.devices.cpu.linear import isa
+
+        return f"CPU, float32 by {isa(torch.float32)}, bfloat16 by {isa(torch.bfloat16)}"
+
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        from torchtitan.experiments.rl.unified.devices.cpu.linear import pack_linears
+
+        if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+            pack_linears(model)
+
+    def weights_changed(self, model: torch.nn.Module) -> None:
+        from torchtitan.experiments.rl.unified.devices.cpu.linear import repack_linears
+
+        repack_linears(model)
+
     def vllm_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
 

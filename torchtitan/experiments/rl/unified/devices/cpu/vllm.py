@@ -8,10 +8,12 @@
 Importing this module imports vLLM.
 """
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchtitan.experiments.rl.unified.devices.cpu.linear import linear, PackedWeight
 from torchtitan.experiments.rl.unified.devices.mode import enter
 from vllm.model_executor.determinism import batch_invariant as vllm_batch_invariant
 from vllm.model_executor.layers import utils as vllm_linear
@@ -151,5 +153,9 @@ def _already_on() -> None:
 
 
 def _use_torch_linear(layer: nn.Module, remove_weight: bool) -> None:
-    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: computes from the weight itself, which therefore stays."""
-    layer.cpu_linear = nn.functional.linear
+    """Stands in for vLLM's `dispatch_cpu_unquantized_gemm`: from the weight itself, or our packed copy of it."""
+    if os.environ.get("VLLM_BATCH_INVARIANT") != "1":
+        layer.cpu_linear = nn.functional.linear
+        return
+    layer.packed = PackedWeight(layer.weight.data)
+    layer.cpu_linear = lambda x, weight, bias=None: linear(x, layer.packed, bias)

@@ -65,6 +65,15 @@ class Cuda(Device):
 
         return packed.packed_backward(*args)
 
+    def arithmetic(self) -> str:
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        pass
+
+    def weights_changed(self, model: torch.nn.Module) -> None:
+        pass
+
     def vllm_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         from torchtitan.experiments.rl.unified.devices.cuda.linear import Linear
 

@@ -44,6 +44,8 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
             "truncated_fraction": "truncated completions",
             "clip_fraction": "clipped tokens",
             "tis_truncated_fraction": "cut importance weights",
+            "groups_without_signal": "groups of equal rewards",
+            "weights_changed": "weights an update changed",
         },
     ),
     # Two timelines, side by side: the trainer waits for its batch while the generators sample it.

@@ -10,23 +10,31 @@ To add a reward, add an entry to REWARDS; anyone's own needs no entry, its dotte
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+import torch
 from torchtitan.experiments.rl.unified.messages import RewardResult
 from torchtitan.experiments.rl.unified.rollout.answers import reference_values
 from torchtitan.experiments.rl.unified.rollout.rewards.base import Reward, RewardError, RewardInput
 from torchtitan.experiments.rl.unified.rollout.rewards.builtin import format_reward, gsm8k, soft_overlong
-from torchtitan.experiments.rl.unified.rollout.rewards.equivalence import math_verify, warm_up
-from torchtitan.experiments.rl.unified.rollout.rewards.user import UserReward
+from torchtitan.experiments.rl.unified.rollout.rewards.mathematics import MathVerify
+from torchtitan.experiments.rl.unified.rollout.rewards.user import RewardProcess
 
 __all__ = ["Reward", "RewardError", "RewardInput", "RewardResult", "Rewards", "REWARDS"]
 
-REWARDS: dict[str, Reward] = {
+# A function of one sample; or a class made with the time limit, whose objects take a batch.
+REWARDS: dict[str, Reward | type[MathVerify]] = {
     "gsm8k": gsm8k,
-    "math_verify": math_verify,
+    "math_verify": MathVerify,
     "format": format_reward,
     "soft_overlong": soft_overlong,
 }
+
+
+Batch = Callable[[Sequence[RewardInput]], Iterable[float]]
+# Rewards become fp32 tensors.
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Rewards:
@@ -36,7 +44,8 @@ class Rewards:
         weights: by name: one of REWARDS, or the dotted path of a function of the user's ("package.module:function" or
             "package.module.function") that takes a RewardInput and returns a number. Those run in a process of their
             own, where one that hangs can be ended.
-        timeout_seconds: longest time a user's reward may take for one sample.
+        timeout_seconds: longest time a user's reward, or "math_verify", may take for one sample. Over it, the one is an
+            error, the other 0.
 
     Raises:
         ValueError: no rewards, one that does not exist or cannot be imported, a weight that is no finite number.
@@ -52,17 +61,27 @@ class Rewards:
                 raise ValueError(f"[reward.weights] {name!r} = {weight!r}: a weight must be a finite number")
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self._rewards = {name: _find(name, timeout_seconds) for name in weights}
-        if "math_verify" in weights:
-            warm_up()
 
-    def check_answers(self, answers: Iterable[str]) -> None:
-        """Raises ValueError for the first reference answer that no completion could match, naming its row (from 0)."""
+    @property
+    def timeouts(self) -> int:
+        """Samples so far that got 0 from "math_verify" because it was not done with them in time."""
+        return sum(reward.timeouts for reward in self._rewards.values() if isinstance(reward, MathVerify))
+
+    def check_answers(self, answers: Iterable[tuple[str, str]]) -> None:
+        """Each reference answer can be matched by some completion.
+
+        Args:
+            answers: where each is (file and line), and the answer.
+
+        Raises:
+            ValueError: names the first that no completion could match.
+        """
         if "gsm8k" not in self.weights:
             return
-        for row, answer in enumerate(answers):
+        for place, answer in answers:
             if not reference_values(answer):
                 raise ValueError(
-                    f"row {row}: the reference answer {answer[-80:]!r} has no number that the reward 'gsm8k' could "
+                    f"{place}: the reference answer {answer[-80:]!r} has no number that the reward 'gsm8k' could "
                     "compare with; correct the row, or choose another reward in [reward.weights]"
                 )
 
@@ -72,37 +91,43 @@ class Rewards:
         Raises:
             RewardError: a reward raised, took too long or returned no finite number; names it and the sample.
         """
-        return [self._score(index, sample) for index, sample in enumerate(samples)]
+        parts = {name: self._values(name, samples) for name in self.weights}
+        results = [{name: values[index] for name, values in parts.items()} for index in range(len(samples))]
+        return [RewardResult(sum(self.weights[n] * part for n, part in r.items()), r) for r in results]
 
     def close(self) -> None:
-        """Ends the processes of users' rewards. Not calling it leaves that to the interpreter's end."""
+        """Ends the rewards' processes. Not calling it leaves that to the interpreter's end."""
         for reward in self._rewards.values():
-            if isinstance(reward, UserReward):
+            if isinstance(reward, (MathVerify, RewardProcess)):
                 reward.close()
 
-    def _score(self, index: int, sample: RewardInput) -> RewardResult:
-        parts = {name: self._part(name, index, sample) for name in self.weights}
-        return RewardResult(sum(self.weights[name] * part for name, part in parts.items()), parts)
-
-    def _part(self, name: str, index: int, sample: RewardInput) -> float:
+    def _values(self, name: str, samples: Sequence[RewardInput]) -> list[float]:
+        values: list[float] = []
         try:
-            value = self._rewards[name](sample)
-            if not _is_finite(value):
-                raise ValueError(f"it returned {value!r}, which is not a finite number")
-            return float(value)
+            for value in self._rewards[name](samples):
+                if not _is_finite(value):
+                    raise ValueError(f"it returned {value!r}, which is not a finite number")
+                if max(abs(value), abs(value * self.weights[name])) > LARGEST:
+                    raise ValueError(f"it returned {value!r}, with its weight more than fp32 can hold")
+                values.append(float(value))
         except Exception as error:
+            sample = samples[len(values)]
             raise RewardError(
-                f"reward {name!r} failed on sample {index} of the batch: {error}\n"
+                f"reward {name!r} failed on sample {len(values)} of the batch: {error}\n"
                 f"prompt: {_excerpt(sample.prompt)}\ncompletion: {_excerpt(sample.completion)}\n"
                 f"reference answer: {_excerpt(sample.answer)}"
             ) from error
+        return values
 
 
-def _find(name: str, timeout_seconds: float) -> Reward:
+def _find(name: str, timeout_seconds: float) -> Batch:
     if name in REWARDS:
-        return REWARDS[name]
+        reward = REWARDS[name]
+        return reward(timeout_seconds) if isinstance(reward, type) else partial(map, reward)
     if "." in name or ":" in name:
-        return UserReward(name, timeout_seconds)
+        process = RewardProcess(name, timeout_seconds)
+        process.wait()
+        return process
     raise ValueError(
         f"[reward.weights] {name!r} does not exist; choose from {', '.join(REWARDS)}, or give the dotted path of a "
         'function of yours ("package.module:function")'

@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""A reward of the user's, in a process of its own.
+"""A reward in a process of its own: a user's, or one of this package's that asks a library for more than it can do.
 
 A thread cannot be stopped, and one that holds the interpreter's lock (a regular expression gone exponential, say)
 cannot even be waited for. A process can be ended, and the run then says which reward hung on which sample.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
@@ -25,34 +26,57 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 2.0
 
 
-class UserReward:
-    """The function at a dotted path, called in a process of its own, started at once and again after a hang.
+class ProcessEnded(ValueError):
+    """The process of a reward took too long, or ended, over a sample."""
+
+
+class RewardProcess:
+    """A function called in a process of its own, started at once, and again after a hang.
 
     Args:
-        path: "package.module:function" or "package.module.function", importable from here.
+        path: "package.module:function" or "package.module.function", importable from here; or a file that has a
+            `make()`, which returns the function.
         timeout_seconds: longest time for one sample.
-
-    Raises:
-        ValueError: there is no such function.
+        quiet: keep what it writes to standard error, such as the stack of a hang, to itself.
     """
 
-    def __init__(self, path: str, timeout_seconds: float) -> None:
+    def __init__(self, path: str, timeout_seconds: float, quiet: bool = False) -> None:
         self.path = path
         self.timeout_seconds = timeout_seconds
+        self.quiet = quiet
         self._lock = threading.Lock()
         self._start()
 
-    def __call__(self, sample: RewardInput) -> float:
+    def __call__(self, samples: Sequence[RewardInput]) -> Iterator[float]:
+        """The function's values for `samples`, one after the other; raises what `value` does."""
+        return map(self.value, samples)
+
+    def value(self, sample: RewardInput) -> float:
         """The function's value for `sample`.
 
         Raises:
-            ValueError: the function raised, returned no finite number, took too long or ended its process.
+            ProcessEnded: the function took too long or ended its process.
+            ValueError: it raised or returned no number, or there is no such function.
         """
+        with self._lock:
+            self._wait()
+            try:
+                self._connection.send((vars(sample), self.timeout_seconds))
+            except ConnectionError:
+                pass  # It ended since: what is left of its words, if anything, is read below.
+            limit = self.timeout_seconds + GRACE_SECONDS
+            return self._receive(limit, f"it took more than {self.timeout_seconds} s")
+
+    def wait(self) -> None:
+        """Returns when the process is ready to be called. Raises ValueError if there is no such function."""
+        with self._lock:
+            self._wait()
+
+    def restart(self) -> None:
+        """Starts the process again if it has ended, without waiting for it."""
         with self._lock:
             if self._connection.closed:
                 self._start()
-            overdue = f"it took more than {self.timeout_seconds} s"
-            return self._ask((vars(sample), self.timeout_seconds), self.timeout_seconds + GRACE_SECONDS, overdue)
 
     def close(self) -> None:
         """Ends the process. A later call starts it again."""
@@ -62,24 +86,32 @@ class UserReward:
         self._connection, theirs = connection.Pipe()
         with theirs:
             command = [sys.executable, str(Path(__file__).with_name("user_process.py")), str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            errors = subprocess.DEVNULL if self.quiet else None
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=errors)
         self._end = weakref.finalize(self, _end, self._connection, process)
         # The working directory is where people put a module of their own; a command's sys.path need not have it.
-        self._ask(
-            ([*sys.path, os.getcwd()], self.path),
-            START_SECONDS,
-            f"importing {self.path!r} took more than {START_SECONDS} s",
-        )
+        self._connection.send(([*sys.path, os.getcwd()], self.path))
+        self._ready = False
 
-    def _ask(self, message: tuple, limit_seconds: float, overdue: str) -> float:
+    def _wait(self) -> None:
+        if self._connection.closed:
+            self._start()
+        if not self._ready:
+            try:
+                self._receive(START_SECONDS, f"importing {self.path!r} took more than {START_SECONDS} s")
+            except ProcessEnded as error:
+                raise ValueError(str(error)) from None
+            self._ready = True
+
+    def _receive(self, limit_seconds: float, overdue: str) -> float:
         try:
-            self._connection.send(message)
             if not self._connection.poll(limit_seconds):
                 raise EOFError
             error, value = self._connection.recv()
         except (EOFError, ConnectionError):
             self._end()
-            raise ValueError(f"{overdue}, or it ended its process (its last words are on standard error)") from None
+            words = "" if self.quiet else " (its last words are on standard error)"
+            raise ProcessEnded(f"{overdue}, or it ended its process{words}") from None
         if error is not None:
             raise ValueError(error)
         return value

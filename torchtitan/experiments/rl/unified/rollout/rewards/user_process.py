@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""The process of a user's reward: reads samples from a pipe, answers each with (error, value).
+"""The process of a reward: reads samples from a pipe, answers each with (error, value).
 
 Run by its path and not imported: importing anything of torchtitan imports torch, which the user's function may do
 without.
@@ -44,6 +44,8 @@ def serve(parent: Connection) -> None:
 
 
 def _load(path: str) -> Callable[[Any], float]:
+    if path.endswith(".py"):
+        return runpy.run_path(path)["make"]()
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):

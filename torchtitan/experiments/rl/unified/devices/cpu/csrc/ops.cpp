@@ -5,127 +5,171 @@
 
 // Matrix products and SiLU on a CPU whose rows have the same bits whatever the other rows are.
 //
-// Products. The bits of a row are those of the plain library call on a tile of some rows (kTile) by one thread. tiled()
-// makes exactly these calls. direct() is one library call on the whole matrix: faster, and equal only where the
-// library happens to sum a row in the same order for every number of rows and threads. Which of the two serves a
-// weight's shape is asked of Python, once for each shape (cpu.py proves it by trying), so that a choice changes the
-// speed and never the bits.
-//
-// SiLU. torch computes full vectors and tails by two formulas; here every element takes the same operations.
+// Products: linear.h. SiLU: torch computes full vectors and tails by two formulas; here every element takes the same
+// operations.
 //
 // The kernels replace torch's at the CPU dispatch key, below autograd: torch's derivative formulas stay in force.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
+#include <ATen/ops/bmm_cpu_dispatch.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
-#include <ATen/ops/bmm_cpu_dispatch.h>
 #include <ATen/ops/silu_cpu_dispatch.h>
-#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/node.h>
 #include <torch/library.h>
 
+#if !defined(__x86_64__)
+#error "batch-invariant products need an x86-64 CPU"
+#endif
+#include <cpuid.h>
+#include <immintrin.h>
+
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
-#include <map>
+#include <limits>
 #include <memory>
-#include <mutex>
-#include <tuple>
+#include <optional>
+#include <utility>
+#include <vector>
 
 namespace {
 
-constexpr int64_t kTile = 16;
-constexpr int64_t kNativeGemm = 4096;
+#include "linear.h"
+
 constexpr int64_t kGrain = 32768;  // elements a thread takes at least, as torch has it
 
-enum Path { kAsk = 0, kDirect = 1, kTiled = 2 };
-using Ask = int (*)(int64_t k, int64_t n, int dtype, int transposed);
-
 std::unique_ptr<torch::Library> library;
-Ask ask = nullptr;
-thread_local Path forced = kAsk;
-std::mutex mutex;
-std::map<std::tuple<int64_t, int64_t, int, bool, int>, Path> paths;
+int isa = -1;
 
-// `x` with zeros below and to the right; `x` itself where it is that large.
-at::Tensor padded(const at::Tensor& x, int64_t rows, int64_t columns) {
-  if (x.size(0) >= rows && x.size(1) >= columns) return x;
-  at::Tensor y = at::zeros({std::max(rows, x.size(0)), std::max(columns, x.size(1))}, x.options());
-  y.narrow(0, 0, x.size(0)).narrow(1, 0, x.size(1)).copy_(x);
-  return y;
+// Whether the caller is a derivative formula of torch's. Gradients are sums over rows: torch's products serve them.
+// Activation checkpointing runs a forward pass within a backward one. That is told by what a formula never has: grad
+// mode (but to differentiate twice), hooks for saved tensors, or a node that is not torch's own.
+bool is_derivative_formula() {
+  if (torch::autograd::get_current_graph_task_id() == -1 || c10::GradMode::is_enabled()) return false;
+  if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return false;
+  return dynamic_cast<const torch::autograd::TraceableFunction*>(torch::autograd::get_current_node().get());
 }
 
-// Fewest rows of a library call. BLAS libraries have other kernels for a few rows of fp32. For the 16-bit types torch
-// leaves oneDNN for a kernel of its own where rows * K * N <= 4096; it agrees with oneDNN but once in a thousand calls,
-// so that no trial finds it out.
-int64_t least_rows(const at::Tensor& a, const at::Tensor& b) {
-  return a.scalar_type() == at::kFloat ? kTile : kNativeGemm / (b.size(0) * b.size(1)) + 1;
+bool is_covered(const at::Tensor& a, const at::Tensor& b) {
+  const auto dtype = a.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && b.scalar_type() == dtype && a.numel() && b.numel() &&
+      !is_derivative_formula();
 }
 
-at::Tensor direct(const at::Tensor& a, const at::Tensor& b) {
-  return at::cpu::mm(padded(a, least_rows(a, b), 0), b).narrow(0, 0, a.size(0));
-}
-
-at::Tensor tiled(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t height = std::max(kTile, least_rows(a, b));
-  const int64_t tiles = (a.size(0) + height - 1) / height;
-  at::Tensor a_full = padded(a, tiles * height, 0);
-  at::Tensor out = at::empty({tiles * height, b.size(1)}, a.options());
-  // Inside a parallel region the library works with the calling thread alone.
-  at::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (int64_t tile = begin; tile < std::min(end, tiles); tile++) {
-      at::Tensor out_tile = out.narrow(0, tile * height, height);
-      at::cpu::mm_out(out_tile, a_full.narrow(0, tile * height, height), b);
-    }
-  });
-  return out.narrow(0, 0, a.size(0));
-}
-
-Path path_for(const at::Tensor& b) {
-  if (forced != kAsk) return forced;
-  const bool transposed = b.stride(0) == 1 && b.stride(1) != 1;
-  const auto key = std::make_tuple(
-      b.size(0), b.size(1), static_cast<int>(b.scalar_type()), transposed, at::get_num_threads());
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (auto known = paths.find(key); known != paths.end()) return known->second;
+void run(const Product& p, at::ScalarType dtype) {
+  if (dtype == at::kFloat) {
+    multiply<float>(p, isa);
+  } else {
+    multiply<uint16_t>(p, isa);
   }
-  const Path path = static_cast<Path>(ask(b.size(0), b.size(1), std::get<2>(key), transposed));
-  std::lock_guard<std::mutex> lock(mutex);
-  return paths[key] = path;
+}
+
+// `x` with the numbers of a row side by side.
+at::Tensor with_plain_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+// Fills `out`, whose rows are plain. `bias` is of its shape, or not defined.
+void product(
+    const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}, float alpha = 1,
+    float beta = 1) {
+  const at::Tensor x = with_plain_rows(a);
+  Product p{a.size(0), b.size(1), a.size(1)};
+  p.x = x.const_data_ptr(), p.x_stride = x.stride(0);
+  p.w = b.const_data_ptr(), p.w_k = b.stride(0), p.w_n = b.stride(1);
+  p.out = out.mutable_data_ptr(), p.out_stride = out.stride(0);
+  p.alpha = alpha, p.beta = beta;
+  if (bias.defined()) p.bias = bias.const_data_ptr(), p.bias_stride = bias.stride(0);
+  run(p, a.scalar_type());
 }
 
 at::Tensor mm_rows(const at::Tensor& a, const at::Tensor& b) {
-  const auto dtype = a.scalar_type();
-  const bool covered = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-  // Gradients are sums over rows: whole calls, whose K changes with every batch.
-  const bool backward = torch::autograd::get_current_graph_task_id() != -1;
-  if (!covered || backward || a.numel() == 0 || b.numel() == 0 || b.scalar_type() != dtype || a.size(1) != b.size(0))
-    return at::cpu::mm(a, b);
-  // A single column is a matrix-vector product, with kernels of its own.
-  const int64_t columns = b.size(1);
-  const at::Tensor wide = padded(b, 0, kTile);
-  const at::Tensor rows = a.contiguous();
-  const at::Tensor out = path_for(wide) == kDirect ? direct(rows, wide) : tiled(rows, wide);
-  return columns < kTile ? out.narrow(1, 0, columns).contiguous() : out;
+  if (!is_covered(a, b) || a.size(1) != b.size(0)) return at::cpu::mm(a, b);
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  product(out, a, b);
+  return out;
 }
 
 at::Tensor addmm_rows(
     const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
-  at::Tensor product = mm_rows(a, b);
-  if (!alpha.equal(1)) product.mul_(alpha);
-  return beta.equal(0) ? product : at::add(product, bias, beta);
+  if (!is_covered(a, b) || a.size(1) != b.size(0) || bias.scalar_type() != a.scalar_type())
+    return at::cpu::addmm(bias, a, b, beta, alpha);
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  const bool no_bias = beta.equal(0);  // its numbers, NaN too, don't count then
+  product(
+      out, a, b, no_bias ? at::Tensor() : with_plain_rows(bias.expand(out.sizes())), alpha.toFloat(), beta.toFloat());
+  return out;
 }
 
 at::Tensor bmm_rows(const at::Tensor& a, const at::Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0 || a.size(0) != b.size(0)) return at::cpu::bmm(a, b);
+  if (!is_covered(a, b) || a.size(0) != b.size(0) || a.size(2) != b.size(1)) return at::cpu::bmm(a, b);
   at::Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
-  for (int64_t i = 0; i < a.size(0); i++) out.select(0, i).copy_(mm_rows(a.select(0, i), b.select(0, i)));
+  for (int64_t i = 0; i < a.size(0); i++) product(out.select(0, i), a.select(0, i), b.select(0, i));
+  return out;
+}
+
+// Words of a packed weight [n, k].
+int64_t packed_size(int64_t n, int64_t k, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      dtype == at::kFloat || dtype == at::kBFloat16, "packed weights are float32 or bfloat16, not ", dtype);
+  return ceil_div(n, kColumns) * Depth(k, dtype == at::kBFloat16).panel();
+}
+
+void check_packed(const at::Tensor& packed, at::ScalarType dtype, int64_t k, int64_t n) {
+  const int64_t words = packed_size(n, k, dtype);
+  TORCH_CHECK_VALUE(
+      packed.scalar_type() == at::kInt && packed.is_contiguous() && packed.numel() == words,
+      "no packed weight of ", n, " x ", k, " in ", dtype, ": it is ", words, " contiguous int32");
+}
+
+// Writes `weight` [rows, k] as rows `offset` and following of a packed weight of n rows.
+void pack_weight(at::Tensor packed, int64_t n, int64_t offset, const at::Tensor& weight) {
+  const int64_t rows = weight.size(0), k = weight.size(1);
+  check_packed(packed, weight.scalar_type(), k, n);
+  TORCH_CHECK_VALUE(offset >= 0 && offset + rows <= n, "rows ", offset, " to ", offset + rows, " of ", n);
+  const bool is_bf16 = weight.scalar_type() == at::kBFloat16;
+  const Depth depth(k, is_bf16);
+  uint32_t* out = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int>());
+  const int64_t first = offset / kColumns, panels = ceil_div(offset + rows, kColumns);
+  at::parallel_for(first, panels, 4, [&](int64_t p, int64_t end) {
+    const int64_t n0 = std::max(offset, p * kColumns), n1 = std::min(offset + rows, end * kColumns);
+    const char* from = static_cast<const char*>(weight.const_data_ptr()) +
+        (n0 - offset) * weight.stride(0) * weight.element_size();
+    if (is_bf16) {
+      pack_columns(depth, (const uint16_t*)from, weight.stride(1), weight.stride(0), n0, n1, out);
+    } else {
+      pack_columns(depth, (const float*)from, weight.stride(1), weight.stride(0), n0, n1, out);
+    }
+  });
+}
+
+// x [.., k] @ weight.T + bias, the weight [n, k] packed.
+at::Tensor packed_linear(
+    const at::Tensor& input, const at::Tensor& packed, int64_t n, const std::optional<at::Tensor>& bias) {
+  const int64_t k = input.size(-1);
+  check_packed(packed, input.scalar_type(), k, n);
+  auto sizes = input.sizes().vec();
+  sizes.back() = n;
+  at::Tensor out = at::empty(sizes, input.options());
+  if (out.numel() == 0) return out;
+  const at::Tensor x = with_plain_rows(input.dim() == 2 ? input : input.reshape({-1, k}));
+  Product p{x.size(0), n, k};
+  p.x = x.const_data_ptr(), p.x_stride = x.stride(0);
+  p.packed = reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int>());
+  p.out = out.mutable_data_ptr(), p.out_stride = n;
+  if (bias) {
+    TORCH_CHECK_VALUE(
+        bias->scalar_type() == input.scalar_type() && bias->dim() == 1 && bias->size(0) == n && bias->is_contiguous(),
+        "the bias of a packed weight of ", n, " rows is that many numbers of its dtype");
+    p.bias = bias->const_data_ptr(), p.bias_stride = 0;
+  }
+  run(p, input.scalar_type());
   return out;
 }
 
@@ -208,13 +252,32 @@ class Silence : public c10::WarningHandler {
 
 }  // namespace
 
+TORCH_LIBRARY(rl_unified, m) {
+  m.def("packed_size(int n, int k, ScalarType dtype) -> int", &packed_size);
+  m.def("pack_weight(Tensor(a!) packed, int n, int offset, Tensor weight) -> ()");
+  m.def("packed_linear(Tensor x, Tensor packed, int n, Tensor? bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(rl_unified, CPU, m) {
+  m.impl("pack_weight", &pack_weight);
+  m.impl("packed_linear", &packed_linear);
+}
+
 extern "C" {
 
-// Puts the kernels in the place of torch's. `callback` answers kDirect or kTiled for the shape of a product's right side.
-void install(Ask callback) {
+// The best instruction set there is for products, or -1 where there is none.
+int best() { return best_isa(); }
+
+// Computes by this one from now on, in the whole process.
+void use(int value) { isa = value; }
+
+// The one that a dtype's products take.
+int used(int is_bf16) { return is_bf16 ? isa : std::min<int>(isa, kAvx512); }
+
+// Puts the kernels in the place of torch's.
+void install() {
   Silence silence;
   c10::WarningUtils::WarningHandlerGuard guard(&silence);
-  ask = callback;
   library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library->impl("mm", &mm_rows);
   library->impl("addmm", &addmm_rows);
@@ -224,7 +287,4 @@ void install(Ask callback) {
 
 // Gives torch its kernels back.
 void uninstall() { library.reset(); }
-
-// Makes the calling thread take one path, without asking; kAsk ends that.
-void force_path(int path) { forced = static_cast<Path>(path); }
 }

@@ -1,0 +1,204 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""Conversations to tokens by a checkpoint's chat template, and what template and tokenizer can be wrong about."""
+
+import ctypes
+import re
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from tokenizers import Tokenizer
+from torchtitan.experiments.rl.unified.rollout.rows import Row
+from transformers import PreTrainedTokenizerBase
+
+# Longest time for one row; a template is a program, and may not end.
+RENDER_SECONDS = 5.0
+# Marks in the text of a row where a special token is cut in two. Of the private use area: no text has it.
+_CUT = "\ue9d3"
+
+Messages = Sequence[dict[str, str]]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments.
+
+    Args:
+        tokenizer: has the template.
+        arguments: more of its arguments, such as Qwen3's ``enable_thinking``.
+        system_prompt: a system message to put before each conversation; empty: none.
+        special_tokens_in_text: a special token's name in a row is the token, not text.
+
+    Raises:
+        ValueError: no template, or it does not read one of the arguments.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: dict[str, Any],
+        system_prompt: str = "",
+        special_tokens_in_text: bool = False,
+    ) -> None:
+        self.tokenizer, self.arguments, self.system_prompt = tokenizer, arguments, system_prompt
+        if not tokenizer.chat_template:
+            raise ValueError(f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template.")
+        names = [] if special_tokens_in_text else special_tokens(tokenizer)
+        self._special = re.compile(
+            "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"\b\B"
+        )
+        known = _variables(tokenizer)
+        if unread := sorted(set(arguments) - known):
+            raise ValueError(
+                f"[data] template_kwargs: the chat template of {tokenizer.name_or_path} reads no {', '.join(unread)}; "
+                f"it reads {', '.join(sorted(known))}"
+            )
+
+    def encode(self, rows: Sequence[Row]) -> list[tuple[str, list[int]]]:
+        """What the model reads for each of `rows`: text and tokens.
+
+        Raises:
+            ValueError: the template fails on a row, takes too long, or leaves out what it was given.
+        """
+        texts: list[str] = []
+        failures: list[Exception] = []
+
+        def work() -> None:
+            try:
+                for row in rows:
+                    texts.append(self._render(row))
+            except Exception as error:
+                failures.append(error)
+            except SystemExit:  # It took too long.
+                pass
+
+        _run_while(work, lambda: len(texts))
+        if failures or len(texts) < len(rows):
+            error = failures[0] if failures else f"it takes more than {RENDER_SECONDS:.0f} s"
+            raise ValueError(
+                f"the tokenizer's chat template fails on {rows[len(texts)].place}: {error}; look at [data] "
+                "system_prompt and template_kwargs"
+            ) from (failures[0] if failures else None)
+        uncut = [text.replace(_CUT, "") for text in texts]
+        encoded = self.tokenizer(uncut, add_special_tokens=False)["input_ids"]
+        for index, text in enumerate(texts):
+            if _CUT in text:
+                pieces = self.tokenizer(text.split(_CUT), add_special_tokens=False)["input_ids"]
+                encoded[index] = [token for piece in pieces for token in piece]
+        return list(zip(uncut, encoded, strict=True))
+
+    def _render(self, row: Row) -> str:
+        messages = [{**message, "content": self._cut(message["content"])} for message in row.messages]
+        if self.system_prompt:
+            if messages[0]["role"] == "system":
+                raise ValueError("the row has a system message of its own beside [data] system_prompt")
+            messages.insert(0, {"role": "system", "content": self._cut(self.system_prompt)})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.arguments
+        )
+        # A template may leave out what an assistant thought, turns ago.
+        for message in messages:
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                raise ValueError(f"it leaves out the {message['role']}'s message {ascii(message['content'][:60])}")
+        return text
+
+    def _cut(self, text: str) -> str:
+        return self._special.sub(lambda name: f"{name[0][0]}{_CUT}{name[0][1:]}", text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The names of `tokenizer`'s special tokens."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+
+
+def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], stop: Sequence[str] = ()) -> None:
+    """What the chat template ends an assistant's turn with ends a completion.
+
+    Args:
+        tokenizer: has the template; one that says nothing of an assistant's turn, or of its end, passes.
+        eos_ids: the tokens that end a completion.
+        stop: the strings that do.
+
+    Raises:
+        ValueError: it does not, so that every completion would run on to its token limit.
+    """
+    answer = "An answer"
+    messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, end = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+    except jinja2.TemplateError:
+        return
+    ids = tokenizer(end.strip(), add_special_tokens=False)["input_ids"]
+    if not found or not ids or not set(ids).isdisjoint(eos_ids) or any(text in end for text in stop):
+        return
+    names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(eos_ids)) or "nothing"
+    remedy = (
+        f"add {ids[0]} to eos_token_id in the checkpoint's generation_config.json"
+        if len(ids) == 1
+        else "put that into [sampling] stop"
+    )
+    raise ValueError(
+        f"the chat template of {tokenizer.name_or_path} ends a turn with {end.strip()!r}, but what ends a completion "
+        f"is {names}: each would run on to its limit. If the model was trained with this template, {remedy}; if not, "
+        "take the template that it was trained with"
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Iterable[str]) -> None:
+    """`tokenizer`, as transformers loads it, gives the tokens that the checkpoint's own tokenizer.json gives.
+
+    Args:
+        tokenizer: from AutoTokenizer.
+        path: the checkpoint's directory; one without tokenizer.json has nothing to compare with.
+        texts: to encode with both.
+
+    Raises:
+        ValueError: names the tokenizer's class and the first text that differs.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    own = Tokenizer.from_file(str(file))
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = own.encode(text, add_special_tokens=False).ids
+        if ids != expected:
+            raise ValueError(
+                f"transformers makes a {type(tokenizer).__name__} of {path}, which does not encode as its "
+                f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Set "
+                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+            )
+
+
+def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The names that the chat template reads and does not set."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = tokenizer.get_chat_template()
+    try:
+        # transformers' environment knows the tags that it adds.
+        environment = _compile_jinja_template(template).environment
+        return set(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} is no template: {error}") from error
+
+
+def _run_while(work: Callable[[], None], progress: Callable[[], int]) -> None:
+    """Runs `work` in a thread, which is stopped when `progress` stays the same for RENDER_SECONDS."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    before = None
+    while thread.is_alive() and (now := progress()) != before:
+        before = now
+        thread.join(RENDER_SECONDS)
+    while thread.is_alive():
+        # A template is Python in the end, and an exception gets in between any two of its instructions.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join(0.1)
