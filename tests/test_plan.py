@@ -99,7 +99,7 @@ def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
     config = TRAIN_CONFIGS / f"{name}.toml"
     status = simple_rl_multiprocess.main(["--dry_run", "--job.config_file", str(config), *flags])
     said = capsys.readouterr()
-    assert "qwen3 0.6B, 596,049,920 parameters" in said.out
+    assert "596,049,920 parameters" in said.out
     # What the job itself would say here.
     errors = said.err.splitlines()
     assert status == (1 if errors else 0)
