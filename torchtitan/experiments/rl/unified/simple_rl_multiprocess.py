@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
     from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 
     prepare_environment()
-    expected = (errors.CheckpointError, errors.NonFiniteError, errors.ParityError, errors.ProcessLost)
+    expected = (errors.ActorFailed, errors.CheckpointError, errors.NonFiniteError, errors.ParityError, errors.ProcessLost)
     try:
         if said := run(words, dry=len(words) < len(args)):
             print(said)

@@ -14,6 +14,7 @@ from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.errors import crosses_as_text
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
@@ -29,6 +30,7 @@ class TrainerActor(Actor):
         self.config = config
 
     @endpoint
+    @crosses_as_text
     def setup(self) -> tuple[int, dict[str, Any], str]:
         """Builds the trainer and loads its state; returns its step, the task's state there and its arithmetic."""
         prepare_environment()
@@ -42,16 +44,19 @@ class TrainerActor(Actor):
         return self.trainer.step, self.trainer.task_state, this_device().arithmetic()
 
     @endpoint
+    @crosses_as_text
     def step(self, trajectories: list[Trajectory], advantages: torch.Tensor):
         """One optimizer step on this rank's share; returns a trainer.StepResult."""
         return self.trainer.step_on(trajectories, advantages)
 
     @endpoint
+    @crosses_as_text
     def save(self, task_state: dict[str, Any]) -> None:
         """Saves the checkpoint that is due."""
         self.trainer.save(task_state)
 
     @endpoint
+    @crosses_as_text
     def send_weights(self) -> WeightUpdate | None:
         """Puts the weights where generators can fetch them; rank 0 returns what they need for that."""
         weights = self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
@@ -62,10 +67,12 @@ class TrainerActor(Actor):
         return None
 
     @endpoint
+    @crosses_as_text
     def ping(self) -> None:
         """Answers."""
 
     @endpoint
+    @crosses_as_text
     def close(self) -> None:
         """Frees shared memory and ends the process group."""
         self.transport.close()
