@@ -40,6 +40,7 @@ def test_one_rank_and_two_print_prompt_and_the_same_text(tmp_path):
         (["--tensor-parallel-size", "3"], "does not divide the model's 2 key/value heads"),
         (["--max-tokens", "100000"], "do not fit the model's context"),
         (["--max-tokens", "0"], "do not fit the model's context"),
+        (["--model-ckpt-path", "org/model"], "first: python scripts/download_hf_assets.py --repo_id org/model"),
     ],
 )
 def test_bad_input_is_one_error(flags, complaint, capsys):

@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import MODEL
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torchtitan.experiments.rl.unified import dcp
 from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.algorithms.losses.base import kl_k3, tis_weight
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices.mode import backward_arithmetic, batch_invariant_mode
 from torchtitan.experiments.rl.unified.errors import CheckpointError, ParityError
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
+from torchtitan.experiments.rl.unified.families.tensors import find_weights, ListedReader
 from torchtitan.experiments.rl.unified.messages import ParityReport, StepResult, TensorSpec, TokenStats, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import (
     checkpoint_folder,
@@ -75,7 +79,8 @@ class RLTrainer(Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
         chosen = job_config.model
-        chosen.name = _register_policy(model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor))
+        self.policy = model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor)
+        chosen.name = _register_policy(self.policy)
         self.resumes = job_config.checkpoint.enable
         if not job_config.checkpoint.enable:  # The first weights come through the checkpointer; it saves nothing.
             job_config.checkpoint.enable = job_config.checkpoint.load_only = True
@@ -301,13 +306,21 @@ class RLTrainer(Trainer):
         return self.step == self.job_config.training.steps
 
     def _load_from(self, path: str, model_only: bool) -> None:
-        in_hf = not (Path(path) / ".metadata").exists()
-        states = self.checkpointer._states_to_load(model_only or in_hf)
+        # torchtitan's own way would take files that the engine does not, and run what a pickle in them asks for.
+        model, adapter = self.checkpointer.states[MODEL], self.checkpointer.sd_adapter
+        in_dcp = (Path(path) / ".metadata").exists()
+        states = self.checkpointer._states_to_load(model_only or not in_dcp)
         try:
-            self.checkpointer.dcp_load(states, checkpoint_id=path, from_hf=in_hf, from_quantized=False)
+            if in_dcp:
+                dcp.load(states, path)
+            else:
+                checkpoint, names = find_weights(self.policy, path)
+                states = adapter.to_hf(states) if checkpoint.kind == "hf" else states
+                torch_dcp.load(states, storage_reader=ListedReader(checkpoint, names))
+                states = adapter.from_hf(states) if checkpoint.kind == "hf" else states
+            model.load_state_dict(states)
         except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{path} could not be loaded: {type(cause).__name__}: {cause}") from error
+            raise CheckpointError(f"{path} could not be loaded: {dcp.reason(error)}") from error
 
     def _start(self) -> Start:
         """Rank 0's answer on every rank; it also clears the folder of what this run will write again."""
