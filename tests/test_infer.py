@@ -101,8 +101,8 @@ def test_a_checkpoint_is_looked_at_alike_by_every_command_before_anything_starts
     }
     for command, flags in commands.items():
         assert command(flags) == 1
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ") and complaint in error and "\n" not in error
+        lines = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("error: ") for line in lines) and any(complaint in line for line in lines)
     assert not (tmp_path / "out").exists()
 
 

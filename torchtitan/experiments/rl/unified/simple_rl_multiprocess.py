@@ -68,11 +68,11 @@ def main(args: list[str]) -> int:
     from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 
     prepare_environment()
-    expected = (errors.ActorFailed, errors.CheckpointError, errors.NonFiniteError, errors.ParityError, errors.ProcessLost)
+    expected = errors.ActorFailed, errors.CheckpointError, errors.NonFiniteError, errors.ParityError
     try:
         if said := run(words, dry=len(words) < len(args)):
             print(said)
-    except (ValueError, *expected, errors.WeightTransferError) as error:
+    except (ValueError, *expected, errors.ProcessLost, errors.WeightTransferError) as error:
         return _failed(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
