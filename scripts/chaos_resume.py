@@ -32,10 +32,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+from torchtitan.experiments.rl.unified.dcp import load_everything
 
 PHASES = ("start", "generate", "train", "sync", "save")
 VICTIMS = ("generator", "trainer", "controller")
@@ -253,7 +251,7 @@ def kill_once(folder: Path, flags: list[str], limit: float, kill: Kill, times: l
 
 def differences(one: Path, other: Path, steps: int) -> list[str]:
     """What differs between two finished runs: names of tensors and values of the last checkpoint, or metrics."""
-    a, b = (_flat(_read_checkpoint(folder / "checkpoint" / f"step-{steps}")) for folder in (one, other))
+    a, b = (_flat(load_everything(folder / "checkpoint" / f"step-{steps}")) for folder in (one, other))
     different = sorted(a.keys() ^ b.keys())
     for name in a.keys() & b.keys():
         equal = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
@@ -270,13 +268,6 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:  # It has just ended.
         pass
-
-
-def _read_checkpoint(path: Path) -> dict:
-    state: dict = {}
-    planner = _EmptyStateDictLoadPlanner()
-    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
-    return state
 
 
 def _flat(value, name: str = "") -> dict:

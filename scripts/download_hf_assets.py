@@ -90,6 +90,8 @@ def explain(error: Exception, repo_id: str) -> str:
         return f"there is no model {repo_id} on the hub, or it is private (then give --hf_token)"
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub is switched off by HF_HUB_OFFLINE: unset it to download"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"the hub refuses the token: give one that may read {repo_id} with --hf_token (or unset HF_TOKEN)"
     if isinstance(error, (HTTPError, LocalEntryNotFoundError)):
         return f"the hub did not deliver ({type(error).__name__}: {error}); the same command takes up where it stopped"
     return f"{repo_id}: {error}"

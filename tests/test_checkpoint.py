@@ -20,12 +20,14 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.dcp import read_metadata
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import CheckpointError
 from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
-from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder, read_metadata
+from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder
 
+TINY = Path(__file__).parent / "assets/qwen3_tiny"
 FULL = ["--checkpoint.enable", "--checkpoint.no-last_save_model_only", "--evaluation.interval", "0"]
 
 
@@ -251,6 +253,35 @@ def test_an_export_is_the_policy(trainer, tmp_path):
     again = trainer(tmp_path / "again", "--model.hf_assets_path", str(tmp_path / "float32/checkpoint/step-2"))
     ours = dict(again.policy_weights(torch.bfloat16))
     assert all(torch.equal(ours[name], weight) for name, weight in policy.policy_weights(torch.bfloat16))
+
+
+def test_an_export_of_a_sharded_checkpoint_is_whole(trainer, tmp_path):
+    """Its files take their names from the index of the checkpoint that training began with."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    begin = tmp_path / "begin"
+    shutil.copytree(TINY, begin)
+    tensors = sorted(load_file(begin / "model.safetensors").items())
+    (begin / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(2):
+        name = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file(dict(tensors[number::2]), begin / name)
+        weight_map |= dict.fromkeys(dict(tensors[number::2]), name)
+    (begin / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    flags = ["--training.steps", "1", "--checkpoint.last_save_in_hf", "--model.hf_assets_path", str(begin)]
+    policy = trainer(tmp_path / "run", *flags)
+    take_steps(policy, 1)
+    export = tmp_path / "run/checkpoint/step-1"
+    exported = json.loads((export / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    assert exported == weight_map
+    sent = policy.train_spec.state_dict_adapter(policy.model_args, None).to_hf(
+        dict(policy.policy_weights(torch.float32))
+    )
+    state = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in sent.items())
+    assert trainer(tmp_path / "again", "--model.hf_assets_path", str(export)).step == 0
 
 
 def one_sequence(tokens: int):

@@ -5,12 +5,17 @@
 
 """infer.py as a user runs it."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from torchtitan.experiments.rl.unified import infer
+from safetensors.torch import load_file, save_file
+from torchtitan.experiments.rl.unified import infer, simple_rl_multiprocess
+
+TINY = Path(__file__).parent / "assets/qwen3_tiny"
 
 
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -40,9 +45,72 @@ def test_one_rank_and_two_print_prompt_and_the_same_text(tmp_path):
         (["--tensor-parallel-size", "3"], "does not divide the model's 2 key/value heads"),
         (["--max-tokens", "100000"], "do not fit the model's context"),
         (["--max-tokens", "0"], "do not fit the model's context"),
+        (["--model-ckpt-path", "org/model"], "first: python scripts/download_hf_assets.py --repo_id org/model"),
     ],
 )
 def test_bad_input_is_one_error(flags, complaint, capsys):
     assert infer.main(flags) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and complaint in error and "\n" not in error
+
+
+def edit(**fields):
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+
+    return damage
+
+
+def poison(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][7] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGES = {
+    "a second file": (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors"),
+        "holds 2 files of weights and no model.safetensors.index.json that says which count",
+    ),
+    "nan": (poison, "model.norm.weight holds NaN or infinite values"),
+    "yarn": (edit(rope_parameters={"type": "yarn", "factor": 4.0, "rope_theta": 10000}), "RoPE of type yarn"),
+    "quantised": (edit(quantization_config={"quant_method": "fp8"}), "quantization_config = "),
+    "unknown field": (edit(final_logit_softcapping=30.0), "final_logit_softcapping: models here have no such feature"),
+    "short context": (edit(max_position_embeddings=64), "context"),
+    "no tokenizer but its pointer": (
+        lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1", "utf-8"),
+        "tokenizer.json is a Git LFS pointer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_checkpoint_is_looked_at_alike_by_every_command_before_anything_starts(case, tmp_path, capsys):
+    damage, complaint = DAMAGES[case]
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    damage(folder)
+    commands = {
+        infer.main: ["--model-ckpt-path", str(folder)],
+        simple_rl_multiprocess.main: [
+            "--model.hf_assets_path",
+            str(folder),
+            "--job.dump_folder",
+            str(tmp_path / "out"),
+        ],
+    }
+    for command, flags in commands.items():
+        assert command(flags) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("error: ") for line in lines) and any(complaint in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_weights_own_dtype_is_computed_in_unless_another_is_asked_for(tmp_path):
+    """The tiny checkpoint is fp32: bf16 gives another text at the temperature 2 and the same seed."""
+    flags = ["--temperature", "2", "--max-tokens", "60"]
+    own, fp32, bf16 = (
+        run(tmp_path, *flags, *dtype).stdout for dtype in ([], ["--dtype", "float32"], ["--dtype", "bfloat16"])
+    )
+    assert "Text: " in own and own == fp32 != bf16

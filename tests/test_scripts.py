@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 DOWNLOAD = ROOT / "scripts" / "download_hf_assets.py"
+PACKAGE = ROOT / "torchtitan/experiments/rl/unified"
 DROPPED = {"torchvision", "torchaudio", "torchcodec"}
 
 
@@ -177,11 +178,16 @@ def test_an_asset_that_is_not_there(select_files):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download speaks to, over HTTP: one repository, org/model, and one that is gated.
+    """As much of the hub as a download speaks to, over HTTP: some repositories, and one that is gated.
 
     Args:
         broken: names that are listed but not there.
     """
+
+    models = {
+        "org/model": {name: f"this is {name}".encode() for name in NAMES},
+        "Qwen/Qwen3-0.6B": {file.name: file.read_bytes() for file in (ROOT / "tests/assets/qwen3_tiny").iterdir()},
+    }
 
     def __init__(self, *args, broken: set[str]):
         self.broken = broken
@@ -197,17 +203,22 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         commit = "c" * 40
-        if self.path.split("?")[0] == "/api/models/org/model":
-            siblings = [{"rfilename": name} for name in NAMES]
-            self.answer(200, json.dumps({"id": "org/model", "sha": commit, "siblings": siblings}).encode())
+        path = self.path.split("?")[0]
+        asked = path.removeprefix("/api/models/")
+        resolved, _, name = path.removeprefix("/").partition(f"/resolve/{commit}/")
+        if asked in self.models:
+            siblings = [{"rfilename": name} for name in self.models[asked]]
+            self.answer(200, json.dumps({"id": asked, "sha": commit, "siblings": siblings}).encode())
+        elif self.path.startswith("/api/models/org/refused"):
+            self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
         elif self.path.startswith("/api/models/org/gated"):
             self.answer(403, X_Error_Code="GatedRepo")
-        elif not self.path.startswith(f"/org/model/resolve/{commit}/"):
+        elif resolved not in self.models:
             self.answer(404, X_Error_Code="RepoNotFound")
-        elif (name := self.path.rsplit("/", 1)[1]) in self.broken:
+        elif name in self.broken:
             self.answer(404, X_Error_Code="EntryNotFound")
         else:
-            self.answer(200, f"this is {name}".encode(), ETag=f'"{name}"', X_Repo_Commit=commit)
+            self.answer(200, self.models[resolved][name], ETag=f'"{name}"', X_Repo_Commit=commit)
 
     do_HEAD = do_GET
 
@@ -256,6 +267,7 @@ def test_download_brings_all_or_nothing(hub, tmp_path):
         ("org/model", "1", "the hub is switched off by HF_HUB_OFFLINE"),
         ("org/none", "0", "there is no model org/none on the hub"),
         ("org/gated", "0", "org/gated is gated"),
+        ("org/refused", "0", "the hub refuses the token: give one that may read org/refused with --hf_token"),
         ("a/b/c", "0", "a/b/c: Repo id must be in the form"),
     ],
 )
@@ -277,3 +289,33 @@ def test_download_without_a_network(tmp_path):
 def test_download_wants_to_know_what(tmp_path):
     failed = run_download("http://127.0.0.1:9", tmp_path, "org/model", "--assets", "weights")
     assert failed.returncode == 2 and "invalid choice: 'weights'" in failed.stderr
+
+
+def readme_commands(section: str) -> list[str]:
+    """The command lines of a section of the package's README, options in brackets left out."""
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"## \d+\. {section}\n.*?```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = block.replace("\\\n", " ").splitlines()
+    return [re.sub(r"\[.*?\]", "", line.split("  #")[0]) for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+def test_the_readmes_download_is_where_its_next_commands_look(hub, tmp_path):
+    """Proves it by running them in order; a hub on loopback has the tiny model under the real one's name."""
+    for name in ("scripts", "torchtitan"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "HF_ENDPOINT": hub[0], "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    (download,) = readme_commands("Download a checkpoint")
+    _, infer = readme_commands("Inference")
+    for command in (download, infer):
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        environment["HF_HUB_OFFLINE"] = "1"
+    assert "What is 7 * 8?" in done.stdout and "\nText: " in done.stdout
+    for toml in (PACKAGE / "train_configs").glob("qwen3_0.6b*.toml"):
+        text = toml.read_text(encoding="utf-8")
+        assert download.strip() in text
+        assert (tmp_path / tomli.loads(text)["model"]["hf_assets_path"] / "config.json").exists()

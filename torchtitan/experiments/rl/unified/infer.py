@@ -10,11 +10,16 @@ sampling. Without arguments it answers one of the tiny checkpoint's word problem
 """
 
 import argparse
+import functools
 import sys
 
+import torch
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import resolve_path
-from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
+from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
+from torchtitan.experiments.rl.unified.families.tensors import check_weights
 
 
 def parse_args(args: list[str]) -> argparse.Namespace:
@@ -28,6 +33,9 @@ def parse_args(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--raw", action="store_true", help="give the prompt to the model without the chat template")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest completion")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="", help="to compute in; empty: the weights'"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that share the model")
     return parser.parse_args(args)
@@ -37,10 +45,12 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     """Returns what the model read and what it wrote.
 
     Raises:
-        ValueError: for a checkpoint that is not there or fits no flavor, or a prompt that does not fit.
+        ValueError: for a checkpoint that is not there, not whole or of no model that runs here, or a prompt that does
+            not fit.
     """
     checkpoint = resolve_path(args.model_ckpt_path)
     model = model_of_checkpoint(checkpoint)
+    dtype = _dtype(args.dtype, model, check_weights(model, checkpoint))
     context, kv_heads = model.args.max_seq_len, model.geometry.kv_heads
     if args.tensor_parallel_size < 1 or kv_heads % args.tensor_parallel_size:
         raise ValueError(
@@ -55,6 +65,11 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
+    if max(prompt_ids, default=0) >= model.geometry.vocabulary:
+        raise ValueError(
+            f"the tokenizer in {checkpoint} gives token {max(prompt_ids)}, but the model's vocabulary has "
+            f"{model.geometry.vocabulary}: it is another model's"
+        )
     max_model_len = min(len(prompt_ids) + args.max_tokens, context)
     if args.max_tokens < 1 or max_model_len < len(prompt_ids) + args.max_tokens:
         raise ValueError(
@@ -72,6 +87,7 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         max_model_len=max_model_len,
         tensor_parallel_degree=args.tensor_parallel_size,
         batch_invariant=True,
+        dtype=str(dtype).removeprefix("torch."),
         kv_cache_memory_bytes=2**28,
         block_size=32,
     )
@@ -80,6 +96,25 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     output = engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, use_tqdm=False)[0]
     return prompt, output.outputs[0].text
+
+
+def _dtype(wanted: str, model: PolicyModel, weights: CheckpointFiles) -> torch.dtype:
+    """The dtype to compute in: the one that is wanted, else the weights' own where this device computes in it."""
+    sizes, device = model.geometry, this_device()
+    shape = sizes.head_size, sizes.heads, sizes.kv_heads
+    if wanted:
+        device.check_attention(*shape, getattr(torch, wanted))
+        return getattr(torch, wanted)
+    stored = functools.reduce(torch.promote_types, (tensor.dtype for tensor in weights.tensors.values()))
+    try:
+        device.check_attention(*shape, stored)
+        return stored
+    except ValueError:
+        device.check_attention(*shape, torch.bfloat16)
+        print(
+            f"note: the weights are {stored}, which {device.name} does not compute in: torch.bfloat16", file=sys.stderr
+        )
+        return torch.bfloat16
 
 
 def main(args: list[str]) -> int:

@@ -69,6 +69,7 @@ def main(args: list[str]) -> int:
 
     prepare_environment()
     expected = (
+        errors.ActorFailed,
         errors.CheckpointError,
         errors.NonFiniteError,
         errors.ParityError,
@@ -78,7 +79,7 @@ def main(args: list[str]) -> int:
     try:
         if said := run(words, dry=len(words) < len(args)):
             print(said)
-    except (ValueError, *expected, errors.WeightTransferError) as error:
+    except (ValueError, *expected, errors.ProcessLost, errors.WeightTransferError) as error:
         return _failed(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

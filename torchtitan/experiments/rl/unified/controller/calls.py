@@ -23,7 +23,7 @@ async def answer(future, seconds: float, what: str) -> Any:
 
     Raises:
         ProcessLost: the actor's process ended, or nothing came in time.
-        Exception: whatever the endpoint raised.
+        Exception: what the endpoint raised, as errors.as_text gives it.
     """
     try:
         # In Python 3.11 `wait_for` loses a cancellation that comes together with the answer.

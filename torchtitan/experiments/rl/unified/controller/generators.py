@@ -87,7 +87,7 @@ class Replica:
             try:
                 await self.start()
                 return await attempt()
-            except WeightTransferError:
+            except (WeightTransferError, ValueError):  # A refusal, not a crash: another engine would say the same.
                 raise
             except Exception as error:
                 await self.stop()

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from torchtitan.experiments.rl.unified.families.base import Family, packed, PolicyModel
-from torchtitan.experiments.rl.unified.families.checkpoint import read_config
+from torchtitan.experiments.rl.unified.families.hf_config import read_config
 from torchtitan.protocols.train_spec import TrainSpec
 
 __all__ = ["Family", "family", "model_of_checkpoint", "policy_train_spec", "PolicyModel"]
@@ -46,16 +46,13 @@ def model_of_checkpoint(path: str, name: str = "", flavor: str = "") -> PolicyMo
         ValueError: there is no such directory, config.json is not one, is of an unknown family or of another one, has
             fields that the family does not cover, or is not the flavor's.
     """
-    config = read_config(path)
-    kind = config.get("model_type")
-    found = [known for known in families().values() if kind in known.model_types]
-    if not found:
-        known = ", ".join(sorted(kind for each in families().values() for kind in each.model_types))
-        raise ValueError(f"{path}/config.json is of model_type {kind!r}, which no family here has; there are: {known}")
-    if name and family(name) is not found[0]:
-        raise ValueError(f"[model] name {name!r}, but {path}/config.json is of model_type {kind!r}: {found[0].name}")
+    of_type = {kind: each for each in families().values() for kind in each.model_types}
+    config = read_config(path, of_type)
+    kind, found = config["model_type"], of_type[config["model_type"]]
+    if name and family(name) is not found:
+        raise ValueError(f"[model] name {name!r}, but {path}/config.json is of model_type {kind!r}: {found.name}")
     try:
-        model = PolicyModel(found[0], packed(found[0].from_hf(config)))
+        model = PolicyModel(found, packed(found.from_hf(config)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return _named(model, flavor, path) if flavor else model

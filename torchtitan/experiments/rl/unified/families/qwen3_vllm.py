@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.cpu.vllm import use_torch_linears
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.families.tensors import find_weights, load_matched
 from torchtitan.experiments.rl.unified.weights.placement import Placement
 from torchtitan.models.qwen3 import Qwen3ModelArgs, Qwen3StateDictAdapter
 from vllm.config import VllmConfig
@@ -38,18 +40,23 @@ class VllmPolicyForCausalLM(Qwen3ForCausalLM):
         # A packed copy of a weight would outlive an update of the weight.
         use_torch_linears()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.checkpoint = vllm_config.model_config.model
         self.adapter = Qwen3StateDictAdapter(Qwen3ModelArgs(enable_weight_tying=self.config.tie_word_embeddings), None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Copies full tensors, named as TorchTitan or as Hugging Face does, into the parameters, fused ones included.
+        """Loads the checkpoint into the parameters, fused ones included.
+
+        Args:
+            weights: vLLM's reading of it, left unread: which files and tensors count, the trainer must say too.
 
         Returns:
             Names of this module's parameters that were written.
 
         Raises:
-            KeyError: a name is of neither.
+            ValueError: what is wrong with the checkpoint.
         """
-        named = dict(self._hf_names(weights))
+        stored = load_matched(*find_weights(model_of_checkpoint(self.checkpoint), self.checkpoint))
+        named = dict(self._hf_names(stored))
         self.checkpoint_names = named.keys()
         return super().load_weights(named.items())
 

@@ -9,6 +9,7 @@ from monarch.actor import Actor, endpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.errors import crosses_as_text
 from torchtitan.experiments.rl.unified.generator.generator import Generator
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory, UpdateResult, WeightUpdate
 
@@ -25,6 +26,7 @@ class GeneratorActor(Actor):
         self.config, self.first_gpu = config, first_gpu
 
     @endpoint
+    @crosses_as_text
     def setup(self) -> str:
         """Starts the engine on the checkpoint's weights; returns its arithmetic."""
         prepare_environment()
@@ -33,11 +35,13 @@ class GeneratorActor(Actor):
         return this_device().arithmetic()
 
     @endpoint
+    @crosses_as_text
     def generate(self, requests: list[Request]) -> list[Trajectory]:
         """Samples one completion for each request."""
         return self.generator.generate(requests)
 
     @endpoint
+    @crosses_as_text
     def update_weights(self, update: WeightUpdate) -> UpdateResult:
         """Replaces the weights."""
         return self.generator.update_weights(update)

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.attention import to_packed
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.families.tensors import find_weights, load_matched
 from torchtitan.experiments.rl.unified.weights.placement import full_to_param, Placement
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.tools.utils import set_default_dtype
@@ -40,7 +41,8 @@ class TorchTitanForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         choice = vllm_config.additional_config.get("torchtitan", {})
-        policy = model_of_checkpoint(vllm_config.model_config.model, **choice)
+        self.policy = policy = model_of_checkpoint(vllm_config.model_config.model, **choice)
+        self.checkpoint = vllm_config.model_config.model
         with set_default_dtype(vllm_config.model_config.dtype):
             self.model = policy.build(vllm_config.model_config.max_model_len)
         self.adapter = policy.train_spec().state_dict_adapter(policy.args, None)
@@ -90,16 +92,19 @@ class TorchTitanForCausalLM(nn.Module):
         return self.output(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a whole checkpoint in Hugging Face names; returns the names of this module's parameters that it set.
+        """Loads the checkpoint; returns the names of this module's parameters that it set.
+
+        Args:
+            weights: vLLM's reading of it, left unread: which files and tensors count, the trainer must say too.
 
         Raises:
-            ValueError: if the checkpoint lacks a parameter of the model.
+            ValueError: what is wrong with the checkpoint.
         """
-        state_dict = self.adapter.from_hf(dict(weights))
-        own = self.named_policy_parameters()
-        if missing := own.keys() - state_dict.keys():
-            raise ValueError(f"the checkpoint has no weights for {sorted(missing)} of the TorchTitan model")
-        self.update_weights((name, state_dict[name]) for name in own)
+        checkpoint, names = find_weights(self.policy, self.checkpoint)
+        state_dict = dict(load_matched(checkpoint, names))
+        if checkpoint.kind == "hf":
+            state_dict = self.adapter.from_hf(state_dict)
+        self.update_weights((name, state_dict[name]) for name in self.named_policy_parameters())
         this_device().prepare_model(self)
         return {name for name, _ in self.named_parameters()}
 

@@ -5,7 +5,6 @@
 
 """Whether the checkpoint, its arithmetic and a resume can work."""
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,6 +14,8 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.checks import check_supported
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
+from torchtitan.experiments.rl.unified.families.hf_config import read_config
+from torchtitan.experiments.rl.unified.families.tensors import check_weights
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,12 @@ def check_checkpoint(config: JobConfig) -> None:
     Raises:
         ValueError: says what is missing or names the fields that differ.
     """
-    model_of_job(config)
-    path = Path(config.model.hf_assets_path)
-    if quantisation := json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+    model, path = model_of_job(config), config.model.hf_assets_path
+    check_weights(model, path)
+    if config.training.seq_len > (longest := read_config(path, model.family.model_types)["max_position_embeddings"]):
         raise ValueError(
-            f"{path} is quantised ({quantisation.get('quant_method', quantisation)}): a policy that is trained and "
-            "updated in place cannot be; download the unquantised checkpoint"
+            f"[training] seq_len {config.training.seq_len} is beyond the context of the model in {path}: its "
+            f"config.json has max_position_embeddings = {longest}"
         )
 
 
@@ -61,8 +62,10 @@ def check_resume(config: JobConfig) -> None:
         raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
     model = model_of_job(config)
     if not (Path(path) / ".metadata").exists():
-        if model.family.to_hf(model_of_checkpoint(path).args) != model.family.to_hf(model.args):
-            raise ValueError(f"[checkpoint] initial_load_path: {path} holds another model than [model] hf_assets_path")
+        try:
+            check_weights(model, path)
+        except ValueError as error:
+            raise ValueError(f"[checkpoint] initial_load_path: {error}") from None
         return
     with torch.device("meta"):
         check_model(Path(path), model.build())

@@ -7,7 +7,6 @@
 
 import errno
 import json
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.dcp import missing_data, read_metadata
 from torchtitan.experiments.rl.unified.errors import CheckpointError
 
 # torchtitan takes any name in the checkpoint folder that has "step-N" in it for a checkpoint; this one has not.
@@ -124,18 +124,6 @@ def list_saved(folder: Path) -> list[Saved]:
     return sorted((_inspect(int(match[1]), path) for match, path in found if match), key=lambda saved: saved.step)
 
 
-def read_metadata(path: Path) -> Metadata:
-    """The DCP metadata of a checkpoint directory.
-
-    Raises:
-        ValueError: it is not there or unreadable.
-    """
-    try:
-        return FileSystemReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path / '.metadata'} is unreadable: {error}") from error
-
-
 def check_model(path: Path, model: torch.nn.Module) -> None:
     """The checkpoint in `path` holds parameters of this model's names and shapes.
 
@@ -177,10 +165,14 @@ def complete_export(path: Path, hf_assets_path: str, dtype: str) -> None:
         weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf"} & set(file.suffixes)
         if file.is_file() and not weights and file.name != "config.json":
             shutil.copyfile(file, path / file.name)
+    shards = sorted(path.glob("*.safetensors"))
+    if [shard.name for shard in shards] != ["model.safetensors"]:  # Weights in several files come without an index.
+        index = {"metadata": {}, "weight_map": {name: shard.name for shard in shards for name in _names_in(shard)}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     # transformers 5 writes "dtype", those before it "torch_dtype"; one that disagrees would convert what is loaded.
-    config = json.loads((Path(hf_assets_path) / "config.json").read_text())
+    config = json.loads((Path(hf_assets_path) / "config.json").read_text(encoding="utf-8"))
     draft = path / "config.json.tmp"
-    draft.write_text(json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n")
+    draft.write_text(json.dumps(config | {"dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     draft.rename(path / "config.json")
 
 
@@ -210,16 +202,15 @@ def _inspect(step: int, path: Path) -> Saved:
         metadata = read_metadata(path)
     except ValueError as error:
         return Saved(step, path, "damaged", str(error))
-    ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in sorted(ends.items()):
-        size = (path / name).stat().st_size if (path / name).exists() else None
-        if size is None or size < end:
-            state = "missing" if size is None else f"truncated, {size} of {end} bytes"
-            return Saved(step, path, "damaged", f"{name} is {state}")
+    if problem := missing_data(path, metadata):
+        return Saved(step, path, "damaged", problem)
     full = any(name.startswith("train_state.") for name in metadata.state_dict_metadata)
     return Saved(step, path, "full" if full else "model")
+
+
+def _names_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
 
 
 def _describe(saved: Saved) -> str:

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.dcp import read_metadata
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 
 
@@ -197,7 +197,7 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 def _dcp_entries(folder: Path) -> Iterator[tuple[str, Path, int, int]]:
     index = folder / ".metadata"
     yield "the index (.metadata)", index, 0, index.stat().st_size
-    for key, where in FileSystemReader(folder).read_metadata().storage_data.items():
+    for key, where in read_metadata(folder).storage_data.items():
         shard = f" at {list(key.offset)}" if key.offset and any(key.offset) else ""
         yield key.fqn + shard, folder / where.relative_path, where.offset, where.length
 

@@ -33,7 +33,9 @@ def of_every_rank(method: Callable) -> Any:
         rank = int(os.environ["RANK"])
         try:
             return rank, method(self, *args)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # DCP's CheckpointException and SystemExit are no Exceptions.
             logger.info("rank %d", rank, exc_info=True)
             raise error_to_tell(error, rank) from None
 

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import MODEL
+from torchtitan.experiments.rl.unified import dcp
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.errors import CheckpointError
+from torchtitan.experiments.rl.unified.families import PolicyModel
+from torchtitan.experiments.rl.unified.families.tensors import find_weights, ListedReader
 from torchtitan.experiments.rl.unified.record.checkpoints import (
     checkpoint_folder,
     complete_export,
@@ -33,8 +38,11 @@ class CheckpointedTrainer(Trainer):
         job_config: the job; its `[checkpoint] enable` is set afterwards, for the first weights come that way.
 
     Attributes:
+        policy: the model, set before this is constructed.
         task_state: where the task stood after the last step saved or loaded, JSON-able.
     """
+
+    policy: PolicyModel
 
     def __init__(self, job_config: JobConfig) -> None:
         self.task_state: dict[str, Any] = {}
@@ -80,13 +88,21 @@ class CheckpointedTrainer(Trainer):
         return self.step == self.job_config.training.steps
 
     def _load_from(self, path: str, model_only: bool) -> None:
-        in_hf = not (Path(path) / ".metadata").exists()
-        states = self.checkpointer._states_to_load(model_only or in_hf)
+        # torchtitan's own way would take files that the engine does not, and run what a pickle in them asks for.
+        model, adapter = self.checkpointer.states[MODEL], self.checkpointer.sd_adapter
+        in_dcp = (Path(path) / ".metadata").exists()
+        states = self.checkpointer._states_to_load(model_only or not in_dcp)
         try:
-            self.checkpointer.dcp_load(states, checkpoint_id=path, from_hf=in_hf, from_quantized=False)
+            if in_dcp:
+                dcp.load(states, path)
+            else:
+                checkpoint, names = find_weights(self.policy, path)
+                states = adapter.to_hf(states) if checkpoint.kind == "hf" else states
+                torch_dcp.load(states, storage_reader=ListedReader(checkpoint, names))
+                states = adapter.from_hf(states) if checkpoint.kind == "hf" else states
+            model.load_state_dict(states)
         except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{path} could not be loaded: {type(cause).__name__}: {cause}") from error
+            raise CheckpointError(f"{path} could not be loaded: {dcp.reason(error)}") from error
 
     def _start(self) -> Start:
         """Rank 0's answer on every rank; it also clears the folder of what this run will write again."""

@@ -47,7 +47,8 @@ class RLTrainer(CheckpointedTrainer):
     def __init__(self, job_config: JobConfig) -> None:
         job_config = copy.deepcopy(job_config)
         chosen = job_config.model
-        chosen.name = register_policy(model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor))
+        self.policy = model_of_checkpoint(chosen.hf_assets_path, chosen.name, chosen.flavor)
+        chosen.name = register_policy(self.policy)
         super().__init__(job_config)
         # Mixed precision must cast the same tensors in trainer and generator; autocast would choose op by op.
         self.maybe_enable_amp = contextlib.nullcontext()

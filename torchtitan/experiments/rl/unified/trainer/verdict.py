@@ -48,7 +48,7 @@ class Verdict:
         raise told[0] from error
 
 
-def error_to_tell(error: Exception, rank: int) -> Exception:
+def error_to_tell(error: BaseException, rank: int) -> Exception:
     """What another process is told of `error`, which rank `rank` of the trainer failed with.
 
     This package's own errors and ValueError speak for themselves. What is left of a collective whose other end has
