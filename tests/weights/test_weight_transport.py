@@ -208,7 +208,8 @@ def test_a_sender_that_is_gone_is_named(make):
 
 def test_memory_is_allocated_once_and_goes_with_a_killed_sender():
     script = (
-        "import time, torch; from torchtitan.experiments.rl.unified.messages import TensorSpec; from torchtitan.experiments.rl.unified.weights.base import PolicyWeights; "
+        "import time, torch; from torchtitan.experiments.rl.unified.messages import TensorSpec; "
+        "from torchtitan.experiments.rl.unified.weights.base import PolicyWeights; "
         "from torchtitan.experiments.rl.unified.weights.transports.shared_memory import SharedMemoryTransport; "
         "transport = SharedMemoryTransport(); spec = TensorSpec('a', torch.float32, (3,)); "
         "sent = {transport.send(v, PolicyWeights([spec], [('a', torch.ones(3))])).location for v in (9, 10, 1000000)}; "
