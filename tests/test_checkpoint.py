@@ -122,8 +122,8 @@ REFUSED = {
     "another model": ([], "(64, 128) in the job's model; and 88 more. Take another [job] dump_folder"),
     "no such step": (["--checkpoint.load_step", "7"], "load_step 7: "),
     "pinned memory": (["--checkpoint.async_mode", "async_with_pinned_mem"], 'here use "async"'),
-    "one checkpoint": (["--checkpoint.keep_latest_k", "1"], "keep_latest_k 1 would leave none"),
-    "no interval": (["--checkpoint.interval", "0"], "interval 0: it is a number of steps"),
+    "one checkpoint": (["--checkpoint.keep_latest_k", "1"], "keep_latest_k = 1, but it must be 0 or at least 2"),
+    "no interval": (["--checkpoint.interval", "0"], "interval = 0, but it must be at least 1"),
     "export of everything": (["--checkpoint.last_save_in_hf", "--checkpoint.no-last_save_model_only"], "weights alone"),
     "no such start": (["--checkpoint.initial_load_path", "/no/such"], "there is no directory /no/such"),
 }

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,29 @@ from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_step
 from torchtitan.experiments.rl.unified.record.provenance import machine, sha256, versions
 
 
-def test_tied_weights_count_once():
+def write_large(folder: Path) -> None:
+    """A checkpoint of Qwen3-0.6B's shape that takes no space: its weights are a hole in the file."""
+    spec = policy_train_spec("qwen3")
+    with torch.device("meta"):
+        state = spec.model_cls(spec.model_args["0.6B"]).state_dict()
+    header, end = {}, 0
+    for name, tensor in spec.state_dict_adapter(spec.model_args["0.6B"], None).to_hf(state).items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    for file in (REPOSITORY / "tests/assets/qwen3_tiny").glob("*token*"):
+        shutil.copy(file, folder)
+    shutil.copy(REPOSITORY / "tests/assets/qwen3_tiny/generation_config.json", folder)
+    (folder / "config.json").write_text(json.dumps(family("qwen3").to_hf(spec.model_args["0.6B"])))
+
+
+def test_tied_weights_count_once(tmp_path):
     assert count_parameters(load_job_config([])) == 459_520
-    qwen = load_job_config(["--job.config_file", str(TRAIN_CONFIGS / "qwen3_0.6b_unified.toml")])
+    write_large(tmp_path)
+    qwen = load_job_config([f"--model.hf_assets_path={tmp_path}"])
     assert count_parameters(qwen) == 596_049_920  # As the checkpoint's card says: 0.6 B.
 
 
@@ -91,10 +112,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen3_0.6b_unified", "qwen3_0.6b_vllm_compat", "qwen3_0.6b_fsdp2_tp2"])
 def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
-    for file in (REPOSITORY / "tests/assets/qwen3_tiny").glob("tokenizer*"):
-        shutil.copy(file, tmp_path)
-    shape = family("qwen3").to_hf(policy_train_spec("qwen3").model_args["0.6B"])
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    write_large(tmp_path)
     flags = ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "gsm8k_tiny"]
     config = TRAIN_CONFIGS / f"{name}.toml"
     status = simple_rl_multiprocess.main(["--dry_run", "--job.config_file", str(config), *flags])

@@ -5,40 +5,46 @@
 
 """What is refused because it cannot be computed batch-invariantly, and what allows it."""
 
-from dataclasses import replace
+import json
+from pathlib import Path
 
 import pytest
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
-from torchtitan.protocols import train_spec
+
+TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
 
-@pytest.fixture
-def odd_heads(monkeypatch):
-    """A TrainSpec whose flavor "tiny" has heads of 48."""
-    spec = policy_train_spec("qwen3")
-    odd = replace(spec, model_args={"tiny": replace(spec.model_args["tiny"], head_dim=48)})
-    monkeypatch.setitem(train_spec._extra_train_specs, "odd", odd)
+def of_shape(folder: Path, *flags: str, **changes):
+    """The job of a checkpoint whose config.json differs from the tiny one's."""
+    (folder / "config.json").write_text(json.dumps(json.loads(TINY.read_text()) | changes))
+    return load_job_config([f"--model.hf_assets_path={folder}", *flags])
 
 
-def test_a_head_size_without_a_kernel_is_refused_with_the_way_out(odd_heads):
+def test_a_head_size_without_a_kernel_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"no kernel for head size 48 on cpu; .*\[parity\] check = \"off\" runs"):
-        check_arithmetic(load_job_config(["--model.name", "odd"]))
-    check_arithmetic(load_job_config(["--model.name", "odd", "--parity.check", "off"]))
+        check_arithmetic(of_shape(tmp_path, head_dim=48))
+    check_arithmetic(of_shape(tmp_path, "--parity.check=off", head_dim=48))
 
 
-def test_a_module_that_is_not_covered_is_named():
-    with pytest.raises(ValueError, match=r"layers.0.moe.* \[parity\] check = \"off\" runs it without"):
-        check_arithmetic(load_job_config(["--model.flavor", "debugmodel_moe"]))
+def test_experts_run_in_unified_mode_and_not_spread_over_ranks(tmp_path):
+    moe = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    moe |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    check_arithmetic(of_shape(tmp_path, **moe))
+    with pytest.raises(ValueError, match='"vllm_compat" knows the dense Qwen3'):
+        check_arithmetic(of_shape(tmp_path, "--rl.mode=vllm_compat", **moe))
+    degrees = ["--parallelism.tensor_parallel_degree=2", "--generator.tensor_parallel_degree=2"]
+    with pytest.raises(ValueError, match="a mixture of experts is not spread over ranks here; use 1, or FSDP"):
+        check_arithmetic(of_shape(tmp_path, *degrees, **moe))
 
 
-def test_a_vocabulary_that_vllm_pads_cannot_be_shared_by_a_compat_trainer(monkeypatch):
-    spec = policy_train_spec("qwen3")
-    odd = replace(spec, model_args={"tiny": replace(spec.model_args["tiny"], vocab_size=500)})
-    monkeypatch.setitem(train_spec._extra_train_specs, "odd", odd)
-    flags = ["--model.name", "odd", "--rl.mode", "vllm_compat"]
-    check_arithmetic(load_job_config(flags))
-    degrees = ["--parallelism.tensor_parallel_degree", "2", "--generator.tensor_parallel_degree", "2"]
+def test_llama_has_no_pair_in_vllm_compat(tmp_path):
+    with pytest.raises(ValueError, match='mode = "vllm_compat" has no pair for llama3 models; mode = "unified" runs'):
+        check_arithmetic(of_shape(tmp_path, "--rl.mode=vllm_compat", model_type="llama"))
+
+
+def test_a_vocabulary_that_vllm_pads_cannot_be_shared_by_a_compat_trainer(tmp_path):
+    check_arithmetic(of_shape(tmp_path, "--rl.mode=vllm_compat", vocab_size=500))
+    degrees = ["--parallelism.tensor_parallel_degree=2", "--generator.tensor_parallel_degree=2"]
     with pytest.raises(ValueError, match="wants a vocabulary that is a multiple of 64, this has 500 tokens"):
-        check_arithmetic(load_job_config(flags + degrees))
+        check_arithmetic(of_shape(tmp_path, "--rl.mode=vllm_compat", *degrees, vocab_size=500))

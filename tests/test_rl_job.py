@@ -173,10 +173,10 @@ def template(folder: Path, text: str) -> str:
 
 BAD_INPUT = {
     "no checkpoint": (lambda t: ["--model.hf_assets_path", str(t / "none")], "no checkpoint directory"),
-    "another model": (lambda t: bad_checkpoint(t, hidden_size=64), "hidden_size: 64 in the checkpoint"),
+    "another model": (lambda t: bad_checkpoint(t, hidden_size=64), "holds another model than its config.json"),
     "quantised": (
         lambda t: bad_checkpoint(t, quantization_config={"quant_method": "fp8"}),
-        "is quantised (fp8): a policy",
+        "quantization_config = {'quant_method': 'fp8'}",
     ),
     "no such flavor": (lambda t: ["--model.flavor", "tinny"], "flavor 'tinny': qwen3 has"),
     "no rows": (rows, "rows.jsonl has no rows"),
@@ -255,6 +255,8 @@ def test_bad_input_ends_the_command_without_monarch(tmp_path):
             f"error: job config {path}: {key} is not set, and has no default that would be right"
             for key in ("model.hf_assets_path", "training.dataset")
         ),
+        "error: [generator] dtype float32 is not what the trainer computes in, [training] mixed_precision_param "
+        'bfloat16; [parity] check = "off" allows it',
     ]
 
 

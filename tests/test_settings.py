@@ -109,8 +109,6 @@ FINE = {
     "rl.log_samples": ("0",),
     "supervision.max_restarts": ("0",),
     "reward.weights": ("-1",),  # A penalty.
-    # A number as a template's argument is the template's business.
-    "data.template_kwargs": ("-1", "0", "1e30"),
 }
 
 

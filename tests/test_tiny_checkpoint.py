@@ -75,7 +75,7 @@ def test_the_fields_that_do_not_fit_are_named(tmp_path):
     assert differences in error_of({"num_hidden_layers": 3, "rope_theta": 20000})
     # transformers' default for one that leaves it out.
     assert "head_dim: 128 in the checkpoint, 32 in the flavor" in error_of({"head_dim": ""})
-    assert "RoPE of type yarn" in error_of({"rope_scaling": {"rope_type": "yarn"}})
+    assert "RoPE of type yarn" in error_of({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
     assert "there are: llama, qwen3, qwen3_moe" in error_of({"model_type": "gpt2"})
     assert "is of model_type 'qwen3': qwen3" in error_of({}, name="llama3")
     assert "flavor 'tinny': qwen3 has" in error_of({}, flavor="tinny")

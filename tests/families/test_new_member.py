@@ -13,15 +13,13 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets/qwen3_tiny"
 
+# transformers knows the model_type, this project has no family for it.
 FAMILY = """
-from torchtitan.experiments.rl.unified.families import qwen3
+from torchtitan.experiments.rl.unified.families import llama3
 
-class Toy(qwen3.Qwen3):
+class Toy(llama3.Llama3):
     name = "toy"
-    model_types = ("toy_model",)
-
-    def from_hf(self, config):
-        return super().from_hf({**config, "model_type": "qwen3", "num_hidden_layers": config["depth"]})
+    model_types = ("mistral",)
 
 FAMILY = Toy()
 """
@@ -54,11 +52,10 @@ from torchtitan.experiments.rl.unified.config.load import load_job_config
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_checkpoint
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
 
 model = model_of_checkpoint(sys.argv[3])
 config = load_job_config(["--model.hf_assets_path", sys.argv[3]])
-check_checkpoint(config)
 check_arithmetic(config)
 with batch_invariant_mode():
     torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4))
@@ -73,9 +70,8 @@ def test_a_family_and_a_device_are_a_file_each(tmp_path, monkeypatch):
     (tmp_path / "families/toy.py").write_text(FAMILY)
     for file in ASSETS.iterdir():
         shutil.copy(file, tmp_path / "checkpoint" / file.name)
-    config = json.loads((ASSETS / "config.json").read_text())
-    del config["num_hidden_layers"]
-    (tmp_path / "checkpoint/config.json").write_text(json.dumps(config | {"model_type": "toy_model", "depth": 2}))
+    config = {name: value for name, value in json.loads((ASSETS / "config.json").read_text()).items() if value}
+    (tmp_path / "checkpoint/config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     monkeypatch.setenv("RL_DEVICE", "toy")
     folders = [str(tmp_path / name) for name in ("devices", "families", "checkpoint")]
     run = subprocess.run([sys.executable, "-c", RUN, *folders], capture_output=True, text=True, timeout=300)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.messages import TensorSpec
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
@@ -176,7 +177,7 @@ def test_an_nccl_that_vllm_cannot_use_is_refused(monkeypatch):
 
 def test_each_rank_needs_a_gpu(monkeypatch):
     config = load_job_config(["--weight_sync.transport", "vllm_nccl", "--generator.tensor_parallel_degree", "2"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(this_device(), "cards", lambda: ["a card"] * 3)
     with pytest.raises(ValueError, match="a GPU for each rank of trainer and generators, 4; there are 3: use"):
         check_transport(config)
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere")

@@ -135,6 +135,7 @@ FIXED = {
     "data.overlong_prompts": _POSITION,
     "data.system_prompt": _POSITION,
     "data.template_kwargs": _POSITION,
+    "data.special_tokens_in_text": _POSITION,
 }
 
 # A section's name stands for all of its keys.

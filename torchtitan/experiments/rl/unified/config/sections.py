@@ -186,7 +186,7 @@ class Parity:
     """Compare every sampled token's log-prob, generator against trainer: not at all, count mismatches, or stop at one.
     "off" also lets the engine and the trainer run without batch-invariant arithmetic."""
 
-    stale_share: float = 1.0
+    stale_share: Annotated[float, Range(above=0, most=1)] = 1.0
     """Share of the completions of older policy versions (trajectory_queue.max_staleness above 0) that are compared, by
     one more forward pass under the weights that sampled them, which the trainer keeps; above 0, at most 1"""
 

@@ -13,18 +13,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 _MODULES = (nn.Linear, nn.Embedding, nn.RMSNorm)
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> None:
     """Refuses a model whose weights meet arithmetic that may depend on the batch.
 
     Args:
         model: as its TrainSpec and model converters made it, not yet parallelized; may be on the meta device.
+        also: more modules that are covered.
 
     Raises:
         ValueError: names the first module that has weights and is not covered, or the first weight of another dtype.
     """
     for name, module in model.named_modules():
         for weight_name, weight in module.named_parameters(recurse=False):
-            if type(module) not in _MODULES:
+            if type(module) not in _MODULES + also:
                 raise ValueError(_refusal(f"{name or 'the model'} ({type(module).__name__})"))
             if weight.dtype not in DTYPES:
                 raise ValueError(_refusal(f"{name}.{weight_name} in {weight.dtype}"))

@@ -65,9 +65,9 @@ def _named(model: PolicyModel, flavor: str, path: str) -> PolicyModel:
         raise ValueError(f"[model] flavor {flavor!r}: {model.family.name} has {', '.join(flavors)}; or leave it empty")
     has, wants = model.family.to_hf(model.args), model.family.to_hf(flavors[flavor])
     differences = [
-        f"{field}: {has[field]} in the checkpoint, {wants[field]} in the flavor"
+        f"{field}: {has.get(field, 'nothing')} in the checkpoint, {wants[field]} in the flavor"
         for field in wants
-        if has[field] != wants[field]
+        if has.get(field) != wants[field]
     ]
     if differences:
         raise ValueError(

@@ -88,6 +88,10 @@ class Family(ABC):
         flavors = copy.deepcopy(dict(spec.model_args))
         return dataclasses.replace(spec, model_args={name: packed(args) for name, args in flavors.items()})
 
+    def covered_modules(self) -> tuple[type[nn.Module], ...]:
+        """Modules with weights that only this family has, whose arithmetic is row-invariant."""
+        return ()
+
     def check_parallel(self, args: BaseModelArgs, tensor_parallel_degree: int) -> None:
         """Raises ValueError if a model with these args cannot be spread over so many ranks."""
         sizes = self.geometry(args)

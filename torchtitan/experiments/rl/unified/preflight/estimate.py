@@ -25,8 +25,7 @@ from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.preflight.model import model_of_job
 
 GIB = 2**30
-# Memory of a process with this job's libraries and no model to speak of. Measured: resident size, pages that processes
-# share counted once, of the processes of debug_cpu.toml.
+# Of a process with this job's libraries and no model to speak of: measured, shared pages counted once.
 BASE_BYTES = {"controller": int(0.65 * GIB), "trainer": int(0.5 * GIB), "generator": int(0.75 * GIB)}
 # Parts that are as large as said only if completions are as long as they may be.
 BY_LENGTH = {"activations", "logits"}

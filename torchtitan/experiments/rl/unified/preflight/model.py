@@ -115,7 +115,7 @@ def check_arithmetic(config: JobConfig) -> None:
         raise ValueError('[rl] mode = "vllm_compat" is not tensor parallel on a GPU; use mode = "unified"')
     with torch.device("meta"):
         model = policy.build()
-    check_supported(model)
+    check_supported(model, policy.family.covered_modules())
     sizes = policy.geometry
     try:
         device.check_attention(sizes.head_size, sizes.heads, sizes.kv_heads, getattr(torch, config.generator.dtype))
