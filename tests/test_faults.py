@@ -136,10 +136,9 @@ def damage(update):
     update_weights = replica.update_weights
 
     async def update_and_lose(update):
-        result = await update_weights(update)
+        await update_weights(update)
         await replica.stop()
         replica._update = None
-        return result
 
     replica.update_weights = update_and_lose
 """,

@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torchtitan.experiments.rl.unified import infer, simple_rl_multiprocess
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.families.tensors import check_weights
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny"
 
@@ -106,11 +109,9 @@ def test_a_checkpoint_is_looked_at_alike_by_every_command_before_anything_starts
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_the_weights_own_dtype_is_computed_in_unless_another_is_asked_for(tmp_path):
-    """The tiny checkpoint is fp32: bf16 gives another text at the temperature 2 and the same seed."""
-    flags = ["--temperature", "2", "--max-tokens", "60"]
-    own, fp32, bf16 = (
-        run(tmp_path, *flags, *dtype).stdout for dtype in ([], ["--dtype", "float32"], ["--dtype", "bfloat16"])
-    )
-    assert "Text: " in own and own == fp32 != bf16
+def test_the_weights_own_dtype_is_computed_in_unless_another_is_asked_for():
+    checkpoint = str(Path(__file__).parent / "assets/qwen3_tiny")
+    model = model_of_checkpoint(checkpoint)
+    weights = check_weights(model, checkpoint)
+    assert infer._dtype("", model, weights) == torch.float32
+    assert infer._dtype("bfloat16", model, weights) == torch.bfloat16

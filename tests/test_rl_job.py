@@ -57,7 +57,7 @@ def test_the_original_command_line_runs_and_leaves_its_record(tmp_path):
         assert m["mismatched_tokens"] == 0
         assert m["tokens_compared"] == sum(s["completion_tokens"] for s in sampled)
         assert m["reward_mean"] == pytest.approx(sum(s["reward"] for s in sampled) / 32)
-        assert {"loss", "seconds", "grad_norm", "seconds_generate", "seconds_sync"} <= m.keys()
+        assert {"loss", "seconds", "weights_changed", "grad_norm", "seconds_generate", "seconds_sync"} <= m.keys()
     assert any(m["grad_norm"] > 0 for m in metrics)
     evaluated = [[key for key in ("eval_before_pass@1", "eval_pass@1", "eval_pass@4") if key in m] for m in metrics]
     assert evaluated == [["eval_before_pass@1"], [], ["eval_pass@1", "eval_pass@4"]]
@@ -92,7 +92,6 @@ import sys
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 prepare_environment()
 from torchtitan.experiments.rl.unified.controller import generators as generator
-from torchtitan.experiments.rl.unified.messages import UpdateResult
 from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
 
 class ForgetsOneUpdate(generator.Replica):
@@ -102,8 +101,7 @@ class ForgetsOneUpdate(generator.Replica):
         self.updates += 1
         # The first brings the initial weights; this one follows step 1.
         if self.updates != 2:
-            return await super().update_weights(update)
-        return UpdateResult(update.version, 0.0)
+            await super().update_weights(update)
 
     async def generate(self, requests):
         trajectories = await super().generate(requests)
@@ -126,7 +124,7 @@ ON_A_GPU += [f"--{key}=bfloat16" for key in ("generator.dtype", "training.dtype"
     [
         (False, 2, []),
         (True, 2, []),
-        (True, 3, ["--trajectory_queue.max_staleness", "1"]),
+        (True, 3, ["--trajectory_queue.max_staleness", "1", "--weight_sync.transport", "file"]),
         pytest.param(True, 2, ON_A_GPU, id="gpu", marks=pytest.mark.gpu),
     ],
 )

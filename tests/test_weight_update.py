@@ -70,7 +70,7 @@ def flip(path, position):
 UPDATES = """
 answer = {"base": sample(), "versions": []}
 for version in range(1, 4):
-    answer["versions"].append(generator.update_weights(send(version)).version)
+    answer["versions"].append(generator.update_weights(send(version)))
 answer["new"] = sample()
 bad = send(4)
 flip(bad.location, bad.entries[-1].offset)

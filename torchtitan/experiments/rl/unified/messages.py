@@ -237,19 +237,6 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class UpdateResult:
-    """What a generator says after a weight update.
-
-    Attributes:
-        version: that it runs now.
-        changed: share of its weights that the update changed, of a sample.
-    """
-
-    version: int
-    changed: float
-
-
-@dataclass(frozen=True)
 class WeightUpdate:
     """What a generator needs to fetch one version of the weights.
 
@@ -259,6 +246,7 @@ class WeightUpdate:
         entries: the tensors, named as in the TrainSpec model's state dict.
         handle: what else the transport needs to reach the bytes from another host.
         lasting: the bytes stay until the version after the next is sent: an engine may work on them where they are.
+        changed: share of the weights (of a sample) that differ from the version sent before; None for the first.
     """
 
     version: int
@@ -266,3 +254,4 @@ class WeightUpdate:
     entries: list[TensorEntry]
     handle: Any = None
     lasting: bool = False
+    changed: float | None = None

@@ -18,7 +18,7 @@ from torchtitan.experiments.rl.unified.controller.calls import answer, stop
 from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores
 from torchtitan.experiments.rl.unified.errors import ProcessLost, WeightTransferError
 from torchtitan.experiments.rl.unified.generator.actor import GeneratorActor
-from torchtitan.experiments.rl.unified.messages import Request, Trajectory, UpdateResult, WeightUpdate
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +59,14 @@ class Replica:
         limit, what = self.config.generator.timeout_seconds, f"{len(requests)} completions of {self.name}"
         return await self._surviving(lambda: answer(self._actor.generate.call_one(requests), limit, what))
 
-    async def update_weights(self, update: WeightUpdate) -> UpdateResult:
+    async def update_weights(self, update: WeightUpdate) -> None:
         """Brings the weights of `update` to the engine, which runs no request meanwhile.
 
         Raises:
             WeightTransferError: they did not arrive as they were sent; the engine keeps its old ones.
         """
         self._update = update
-        return await self._surviving(self._fetch)
+        await self._surviving(self._fetch)
 
     async def stop(self) -> None:
         """Ends the engine's process at once."""
@@ -74,13 +74,12 @@ class Replica:
             procs, self._procs = self._procs, None
             await stop(procs)
 
-    async def _fetch(self) -> UpdateResult:
+    async def _fetch(self) -> None:
         limit = self.config.trainer.timeout_seconds
         what = f"the weight update of {self.name} to version {self._update.version}"
-        result = await answer(self._actor.update_weights.call_one(self._update), limit, what)
-        if result.version != self._update.version:
-            raise WeightTransferError(f"{self.name} runs policy version {result.version} after {what}")
-        return result
+        version = await answer(self._actor.update_weights.call_one(self._update), limit, what)
+        if version != self._update.version:
+            raise WeightTransferError(f"{self.name} runs policy version {version} after {what}")
 
     async def _surviving(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         while True:
@@ -127,10 +126,9 @@ class Generators:
         parts = await asyncio.gather(*(r.generate(share) for r, share in zip(self.replicas, shares, strict=True)))
         return [trajectory for part in parts for trajectory in part]
 
-    async def update_weights(self, update: WeightUpdate) -> float:
-        """Brings the weights of `update` to every engine; returns the share that changed. Errors as Replica's."""
-        results = await asyncio.gather(*(replica.update_weights(update) for replica in self.replicas))
-        return max(result.changed for result in results)
+    async def update_weights(self, update: WeightUpdate) -> None:
+        """Brings the weights of `update` to every engine; errors as Replica's."""
+        await asyncio.gather(*(replica.update_weights(update) for replica in self.replicas))
 
     async def stop(self) -> None:
         """Ends every engine's process at once."""

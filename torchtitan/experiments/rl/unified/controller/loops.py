@@ -24,14 +24,11 @@ async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
     try:
         for batch in range(queue.sampled, config.training.steps + 1):
             seconds: dict[str, float] = {}
-            changed = None
             at_end = batch == config.training.steps
             while queue.generator_version < (batch if at_end else queue.version_of(batch)):
                 async with queue.next_version() as update:
                     with timed(seconds, "update"):
-                        share = await meshes.generators.update_weights(update)
-                # The first brings what the engine may have been started with.
-                changed = share if update.version > queue.first else None
+                        await meshes.generators.update_weights(update)
                 # What a run goes on from has its evaluation on record.
                 if evaluation.due(update.version) and (update.version > queue.first or queue.first == 0):
                     answers = await meshes.generators.generate(evaluation.requests())
@@ -40,7 +37,7 @@ async def generate(config: JobConfig, meshes, queue, task, evaluation) -> None:
                 with timed(seconds, "generate"):
                     trajectories = await meshes.generators.generate(task.next_requests())
                 check_version(trajectories, queue.generator_version)
-                await queue.put(Batch(trajectories, seconds, changed))
+                await queue.put(Batch(trajectories, seconds))
     except Exception as error:
         await queue.fail(error)
 
@@ -103,7 +100,6 @@ async def take_step(config: JobConfig, meshes, queue, task, evaluation, record, 
         with timed(step.phases, "evaluate"):
             step.evaluation |= await queue.evaluation(version)
     step.phases |= batch.seconds
-    step.weights_changed = batch.weights_changed
     step.finish(batch.trajectories, scored, results)
     step = record.write(step)
     if due:
@@ -117,7 +113,9 @@ async def publish(meshes, queue, step) -> None:
     with timed(step.phases, "wait"):
         await queue.taken()
     with timed(step.phases, "sync"):
-        await queue.publish(await meshes.trainer.send_weights())
+        update = await meshes.trainer.send_weights()
+        step.weights_changed = update.changed
+        await queue.publish(update)
 
 
 async def _uninterrupted(work) -> Any:

@@ -20,12 +20,10 @@ class Batch:
     Attributes:
         trajectories: in the order of their requests.
         seconds: of the generators, by phase; empty for a batch that came out of a checkpoint.
-        weights_changed: share of the generators' weights that the update before this batch changed, if one came.
     """
 
     trajectories: list[Trajectory]
     seconds: dict[str, float] = field(default_factory=dict)
-    weights_changed: float | None = None
 
 
 class TrajectoryQueue:

@@ -11,7 +11,7 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import crosses_as_text
 from torchtitan.experiments.rl.unified.generator.generator import Generator
-from torchtitan.experiments.rl.unified.messages import Request, Trajectory, UpdateResult, WeightUpdate
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 
 
 class GeneratorActor(Actor):
@@ -42,6 +42,6 @@ class GeneratorActor(Actor):
 
     @endpoint
     @crosses_as_text
-    def update_weights(self, update: WeightUpdate) -> UpdateResult:
-        """Replaces the weights."""
+    def update_weights(self, update: WeightUpdate) -> int:
+        """Replaces the weights; returns the version the engine runs now."""
         return self.generator.update_weights(update)

@@ -13,7 +13,7 @@ from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.generator.engine import build_engine
-from torchtitan.experiments.rl.unified.messages import Request, Trajectory, UpdateResult, WeightUpdate
+from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Generator:
         self._ask_ranks("check_policy_weights")
         return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
-    def update_weights(self, update: WeightUpdate) -> UpdateResult:
-        """Replaces the engine's weights in place and drops its prefix cache.
+    def update_weights(self, update: WeightUpdate) -> int:
+        """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs.
 
         All or nothing: no rank changes before every rank has checked every tensor, and the engine's own memory is read
         back afterwards. Where the update lasts, an engine of one rank on a CPU computes from the sender's memory.
@@ -99,7 +99,6 @@ class Generator:
         fetched = self.transport.fetch(update)
         # As bytes: the engine's messages know no dataclasses.
         self._ask_ranks("stage_policy_weights", pickle.dumps(fetched))
-        counts = self.engine.collective_rpc("changed_by_policy_weights")
         self.policy_version = None
         self._ask_ranks("commit_policy_weights")
         if not self.engine.reset_prefix_cache():
@@ -107,8 +106,7 @@ class Generator:
                 f"requests ran during the update to version {update.version}: their prefix cache is stale"
             )
         self.policy_version = update.version
-        changed, looked_at = map(sum, zip(*counts))
-        return UpdateResult(update.version, changed / max(1, looked_at))
+        return self.policy_version
 
     def close(self) -> None:
         """Frees what this end of the weight transport holds."""

@@ -13,7 +13,7 @@ import torch
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.messages import WeightUpdate
-from torchtitan.experiments.rl.unified.weights.placement import changed_by, check_arrived, not_placed
+from torchtitan.experiments.rl.unified.weights.placement import check_arrived, not_placed
 from torchtitan.experiments.rl.unified.weights.receiver import ReceivedWeights, Receiver
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ class PolicyWorker:
         except WeightTransferError as error:
             return str(error)
         return ""
-
-    def changed_by_policy_weights(self) -> tuple[int, int]:
-        """How many of this rank's weights what was staged would change, and how many were looked at."""
-        return changed_by(self.model_runner.get_model().placements(), self.staged_weights)
 
     def commit_policy_weights(self) -> str:
         """Gives the engine's model what was staged, and reads it back from there."""

@@ -24,7 +24,7 @@ class StepRecord:
 
     Attributes:
         phases: seconds by the phase's name; a phase that ran beside the others is set by whoever ran it.
-        weights_changed: share of the generators' weights that the update before its batch changed, if one came.
+        weights_changed: share of the weights, as the generators have them, that the step changed.
         evaluation: held-out figures by name, if there was an evaluation in this step; they go into the metrics.
     """
 

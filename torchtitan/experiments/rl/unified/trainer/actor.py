@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.trainer.verdict import error_to_tell
+from torchtitan.experiments.rl.unified.weights.changes import Changes
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class TrainerActor(Actor):
 
         self.trainer = RLTrainer(self.config)
         self.trainer.load()
-        self.transport = build_transport(self.config)
+        self.transport, self.changes = build_transport(self.config), Changes()
         return self.trainer.step, self.trainer.task_state, this_device().arithmetic()
 
     @of_every_rank
@@ -80,7 +82,8 @@ class TrainerActor(Actor):
         """Puts the weights where generators can fetch them; rank 0 returns what they need for that."""
         weights = self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
         if int(os.environ["RANK"]) == 0:
-            return self.transport.send(self.trainer.step, weights)
+            update = self.transport.send(self.trainer.step, self.changes.watch(weights))
+            return replace(update, changed=self.changes.share())
         for _ in weights.stream:  # Gathering shards takes every rank.
             pass
         return None

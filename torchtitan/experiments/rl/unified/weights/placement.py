@@ -49,20 +49,6 @@ def not_placed(model: nn.Module, placements: Mapping[str, Placement]) -> list[st
     return [name for name, param in named if _local(param).untyped_storage().data_ptr() not in reached]
 
 
-def changed_by(placements: Mapping[str, Placement], weights: ReceivedWeights) -> tuple[int, int]:
-    """How many of this rank's weights `weights` would change, and how many were looked at.
-
-    A sample: up to 65,536 elements of each tensor, evenly spaced, always the same.
-    """
-    changed = looked_at = 0
-    for name, placement in placements.items():
-        now, then = (x.flatten() for x in (placement.local, placement.part_of(weights[name])))
-        step = max(1, now.numel() // _SAMPLE)
-        changed += int((now[::step] != then[::step].to(now.device)).sum())
-        looked_at += now[::step].numel()
-    return changed, looked_at
-
-
 def check_arrived(placements: Mapping[str, Placement], weights: ReceivedWeights) -> bool:
     """Reads the engine's memory back after an update: it must hold the bytes, whatever the copy believes.
 
@@ -98,7 +84,6 @@ def _local(param: torch.Tensor) -> torch.Tensor:
 
 # Of memory that torch allocates on a CPU, in bytes.
 _ALIGNMENT = 64
-_SAMPLE = 1 << 16
 
 
 @torch.no_grad()
