@@ -46,12 +46,16 @@ class ActorFailed(RuntimeError):
     """What a library raised in an actor, as text: class, message and the last lines of the traceback."""
 
 
+# Bases of errors that refuse what was asked for: asking again would be refused again.
+REFUSALS = {"ValueError", "VLLMClientError"}
+
+
 def as_text(error: BaseException) -> Exception:
     """`error` as it can be sent to another process: with a message alone, of a class that every process knows.
 
     Returns:
         An error of the same class if that is one of this module or ValueError itself. Of another class, a ValueError if
-        it was one, else ActorFailed; class, message and the last lines of the traceback are its message then.
+        it refuses what was asked for, else ActorFailed; class, message and the last lines of the traceback are its message then.
     """
     cls = type(error)
     try:
@@ -62,7 +66,7 @@ def as_text(error: BaseException) -> Exception:
         return cls(message)
     frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
     calls = "".join(f"\n  at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
-    crossing = ValueError if isinstance(error, ValueError) else ActorFailed
+    crossing = ValueError if REFUSALS & {base.__name__ for base in cls.__mro__} else ActorFailed
     return crossing(f"{cls.__qualname__}: {message}{calls}" if message else f"{cls.__qualname__}{calls}")
 
 

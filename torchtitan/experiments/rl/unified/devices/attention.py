@@ -41,13 +41,7 @@ def packed_attention(
     Raises:
         ValueError: a head size, dtype, device, or cu_seqlens the kernel cannot serve.
     """
-    device = device_of(query)
-    device.check_attention(query.shape[2], query.shape[1], key.shape[1], query.dtype)
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-    if device.in_host_memory or longest is None:
-        _check_cu_seqlens(cu_seqlens, len(query))
-    out, _ = _packed_forward(query, key, value, cu_seqlens, scale, longest or int(cu_seqlens.diff().max()))
+    out, _ = _packed_forward(query, key, value, cu_seqlens, scale, longest or 0)
     return out
 
 
@@ -66,8 +60,18 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
 def _packed_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out [T, Hq, D] and the log-sum-exp of each row, [Hq, T] fp32, for the backward."""
-    return device_of(query).packed_forward(query, key, value, cu_seqlens, scale, longest)
+    """Returns out [T, Hq, D] and the log-sum-exp of each row, [Hq, T] fp32, for the backward.
+
+    What is wrong is found in here, where a compiler does not look.
+    """
+    device = device_of(query)
+    device.check_attention(query.shape[2], query.shape[1], key.shape[1], query.dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    if device.in_host_memory or not longest:
+        _check_cu_seqlens(cu_seqlens, len(query))
+        longest = longest or int(cu_seqlens.diff().max())
+    return device.packed_forward(query, key, value, cu_seqlens, scale, longest)
 
 
 @torch.library.custom_op("unified::packed_attention_backward", mutates_args=())
@@ -83,6 +87,7 @@ def _packed_backward(
     longest: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value, in their dtype."""
+    longest = longest or int(cu_seqlens.diff().max())
     return device_of(query).packed_backward(dout, query, key, value, out, lse, cu_seqlens, scale, longest)
 
 
