@@ -54,8 +54,9 @@ def as_text(error: BaseException) -> Exception:
     """`error` as it can be sent to another process: with a message alone, of a class that every process knows.
 
     Returns:
-        An error of the same class if that is one of this module or ValueError itself. Of another class, a ValueError if
-        it refuses what was asked for, else ActorFailed; class, message and the last lines of the traceback are its message then.
+        An error of the same class if that is one of this module or ValueError. Of another class, a ValueError if
+        it refuses what was asked for, else ActorFailed; class, message and the last lines of the traceback are its
+        message then.
     """
     cls = type(error)
     try:
