@@ -115,9 +115,18 @@ class Device(ABC):
 
     @abstractmethod
     def vllm_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        total: torch.Tensor,
+        rstd: torch.Tensor,
     ) -> torch.Tensor:
-        """The normalized sum of x and residual, (..., C) in x's dtype; forward only."""
+        """The normalized sum of x and residual, (..., C) in x's dtype; forward only.
+
+        `total` is that sum in fp32 and `rstd` (..., 1) its 1 / sqrt(mean square + eps), which the backward needs too.
+        """
 
     # The processes of a job.
 

@@ -71,7 +71,7 @@ class AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(rounded, rstd, weight)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
-        return device_of(x).vllm_add_rms_norm(x, residual, weight, eps), rounded
+        return device_of(x).vllm_add_rms_norm(x, residual, weight, eps, total, rstd), rounded
 
     @staticmethod
     def backward(ctx, grad_out, grad_sum):

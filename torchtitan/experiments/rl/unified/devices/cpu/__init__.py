@@ -83,11 +83,15 @@ class Cpu(Device):
         return F.silu(gate) * up
 
     def vllm_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        total: torch.Tensor,
+        rstd: torch.Tensor,
     ) -> torch.Tensor:
         # vLLM's native fused_add_rms_norm (`vllm/ir/ops/layernorm.py`); without a residual its rms_norm.
-        total = x.float() if residual is None else x.float() + residual.float()
-        rstd = torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + eps)
         return ((total * rstd).to(weight.dtype) * weight).to(x.dtype)
 
     def prepare_trainer(self) -> None:

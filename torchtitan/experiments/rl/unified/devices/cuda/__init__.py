@@ -85,7 +85,13 @@ class Cuda(Device):
         return SiluAndMul.apply(gate, up)
 
     def vllm_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        total: torch.Tensor,
+        rstd: torch.Tensor,
     ) -> torch.Tensor:
         from torchtitan.experiments.rl.unified.devices.cuda.linear import add_rms_norm
 
