@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.attention import packed_attention
+from torchtitan.experiments.rl.unified.devices.cuda import DEVICE
 from torchtitan.experiments.rl.unified.devices.cuda.packed import HEAD_SIZES, LEAST_QUERIES
 from torchtitan.experiments.rl.unified.devices.mode import backward_arithmetic, batch_invariant_mode
 
@@ -206,6 +206,6 @@ def test_leaving_the_mode_gives_torch_its_kernels_back():
 
 def test_a_gpu_refuses_what_its_attention_lacks():
     with pytest.raises(ValueError, match="head size 96 on cuda"):
-        this_device().check_attention(96, 8, 8, torch.bfloat16)
+        DEVICE.check_attention(96, 8, 8, torch.bfloat16)
     with pytest.raises(ValueError, match="not in torch.float32"):
-        this_device().check_attention(128, 8, 8, torch.float32)
+        DEVICE.check_attention(128, 8, 8, torch.float32)
