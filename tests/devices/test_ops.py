@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchtitan.experiments.rl.unified.devices.checks import check_supported
+from torchtitan.experiments.rl.unified.devices.checks import ELEMENTWISE, ROWWISE
 from torchtitan.experiments.rl.unified.devices.cpu.linear import (
     isa,
     ISAS,
@@ -118,19 +118,37 @@ def native_rms_norm(dtype: torch.dtype, width: int) -> Op:
     return norm
 
 
-ROWWISE = {
-    "silu": lambda dtype, width: F.silu,
+OTHERS = {
     "silu and mul, of parts": lambda dtype, width: lambda x: F.silu(x[:, : (width + 1) // 2]) * x[:, width // 2 :],
     "rms_norm": rms_norm,
     "vLLM's rms_norm": native_rms_norm,
-    "softmax": lambda dtype, width: lambda x: x.softmax(-1),
     "log_softmax": lambda dtype, width: lambda x: x.float().log_softmax(-1),
     "logsumexp": lambda dtype, width: lambda x: x.float().logsumexp(-1),
-    "mean": lambda dtype, width: lambda x: x.mean(-1),
     "exp": lambda dtype, width: torch.exp,
     "cos": lambda dtype, width: torch.cos,
     "mul and add": lambda dtype, width: lambda x: x * 1.7 + x.flip(-1),
 }
+
+
+# How preflight's operations are called; a name alone: torch has it with one argument or two.
+KNOWN: dict[str, Op] = {
+    "masked_fill": lambda x: x.masked_fill(x > 0, 0.5),
+    "pow": lambda x: x**2,
+    "rsqrt": lambda x: x.float().rsqrt(),
+    "sort": lambda x: x.sort(dim=-1, stable=True)[0],
+    "where": lambda x: torch.where(x > 0, x, x.flip(-1)),
+    "_log_softmax": lambda x: x.log_softmax(-1),
+    "_softmax": lambda x: x.softmax(-1),
+    "mean": lambda x: x.mean(-1),
+    "silu": F.silu,
+}
+
+
+def known(name: str) -> Op:
+    if name in KNOWN:
+        return KNOWN[name]
+    op = getattr(torch, name)
+    return op if name in ("abs", "logical_not", "neg", "relu", "sqrt") else lambda x: op(x, x.flip(-1))
 
 
 def rows_that_differ(op: Op, x: Tensor, counts: list[int]) -> list[tuple[int, int]]:
@@ -329,11 +347,20 @@ def test_an_instruction_set_is_chosen_by_name(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 80, 128, 872, 1003])
-@pytest.mark.parametrize("name", ROWWISE)
+@pytest.mark.parametrize("name", OTHERS)
 def test_rows_of_the_other_ops(name, width, dtype):
-    op, x = ROWWISE[name](dtype, width), numbers(ROWS, width, dtype=dtype)
+    op, x = OTHERS[name](dtype, width), numbers(ROWS, width, dtype=dtype)
     with batch_invariant_mode():
         assert rows_that_differ(op, x, [*range(1, 71), 128, 257, ROWS]) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 128, 1003])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWWISE, "pow", "rsqrt"])
+def test_rows_of_what_preflight_knows(name, width, dtype):
+    x = numbers(ROWS, width, dtype=dtype)
+    with batch_invariant_mode():
+        assert rows_that_differ(lambda x: known(name)(x).nan_to_num(0.5), x, [1, 3, 31, 70, ROWS]) == []
 
 
 @pytest.mark.parametrize("name", ["linear", "silu"])
@@ -434,14 +461,3 @@ def test_silu_at_the_ends(value, dtype):
     with batch_invariant_mode():
         found = F.silu(x)
     torch.testing.assert_close(found, F.silu(x), equal_nan=True, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-30)
-
-
-def test_what_is_not_covered_is_refused_by_name():
-    check_supported(nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2)), "b": nn.Embedding(2, 2)}))
-    with pytest.raises(ValueError, match=r'a\.1 \(LayerNorm\); \[parity\] check = "off"'):
-        check_supported(nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))}))
-    with pytest.raises(ValueError, match=r"a\.weight in torch.float16"):
-        check_supported(nn.ModuleDict({"a": nn.Linear(2, 2, dtype=torch.float16)}))
-    quantised = type("Float8Linear", (nn.Linear,), {})
-    with pytest.raises(ValueError, match=r"w \(Float8Linear\)"):
-        check_supported(nn.ModuleDict({"w": quantised(2, 2)}))

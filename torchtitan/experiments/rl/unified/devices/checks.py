@@ -3,36 +3,88 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""What the batch-invariant arithmetic covers."""
+"""What the batch-invariant arithmetic covers: operations by their names, heads by their sizes."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Exactly these: a subclass may compute something else, as quantised linears do.
-_MODULES = (nn.Linear, nn.Embedding, nn.RMSNorm)
+
+# Operations of aten that give a row of a forward pass the same bits on every device, whatever the other rows are. A
+# test of each device holds it to them.
+#
+# One rounding an element, the same in a vector and in its tail. Not exp, tanh or sigmoid: torch computes those by two
+# formulas; SiLU is the devices' own.
+ELEMENTWISE = "abs add div floor_divide masked_fill maximum minimum mul neg relu silu sqrt sub where".split()
+ELEMENTWISE += "eq ge gt le lt ne logical_and logical_not logical_or".split()
+# Elements go from here to there, or new ones come that no row decides.
+MOVES = "_to_copy _unsafe_view arange cat clone copy embedding empty empty_like fill full full_like gather".split()
+MOVES += "index index_select new_empty new_full new_zeros ones ones_like scatter stack zero zeros zeros_like".split()
+# Over the last dimension, which is not the tokens'.
+ROWWISE = "_log_softmax _softmax mean sort".split()
+# Over the last dimension of this argument; the devices' own.
+PRODUCTS = {"mm": "self", "addmm": "mat1", "bmm": "self"}
+# A prime: no other size in a model is a multiple of it.
+_TOKENS = 29
 
 
-def check_supported(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> None:
-    """Refuses a model whose weights meet arithmetic that may depend on the batch.
+class _Refuse(TorchDispatchMode):
+    """Raises ValueError at the first operation that is not known to be row-invariant, by its name and module."""
+
+    def __init__(self, modules: ModuleTracker) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (why := _refused(func, args, kwargs or {})) is not None:
+            module = max(self.modules.parents - {"Global"}, key=len, default="the model")
+            raise ValueError(
+                f'batch-invariant arithmetic does not know {func} in {module}{why}; [parity] check = "off" runs it'
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def check_operations(forward: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+    """Looks at every operation of a forward pass as torch dispatches it.
 
     Args:
-        model: as its TrainSpec and model converters made it, not yet parallelized; may be on the meta device.
-        also: more modules that are covered.
+        forward: of a model whose tensors are real (on no meta device) and whose attention is not torch's own; it takes
+            token ids, all 0, and positions, both (1, tokens).
 
     Raises:
-        ValueError: names the first module that has weights and is not covered, or the first weight of another dtype.
+        ValueError: names the first operation that is not known to be row-invariant, and its module.
     """
-    for name, module in model.named_modules():
-        for weight_name, weight in module.named_parameters(recurse=False):
-            if type(module) not in _MODULES + also:
-                raise ValueError(_refusal(f"{name or 'the model'} ({type(module).__name__})"))
-            if weight.dtype not in DTYPES:
-                raise ValueError(_refusal(f"{name}.{weight_name} in {weight.dtype}"))
+    tokens, positions = torch.zeros(1, _TOKENS, dtype=torch.int64), torch.arange(_TOKENS)[None]
+    with torch.no_grad(), ModuleTracker() as modules, _Refuse(modules):
+        forward(tokens, positions)
 
 
-def _refusal(what: str) -> str:
-    return f'batch-invariant arithmetic does not cover {what}; [parity] check = "off" runs it without'
+def _refused(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """None: it is known; else what is odd about its arguments, empty if it is not known with any."""
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if func.is_view or name in MOVES or not any(x.is_floating_point() or x.is_complex() for x in tensors):
+        return None  # Whole numbers are exact.
+    if odd := [x.dtype for x in tensors if x.dtype not in DTYPES and (x.is_floating_point() or x.is_complex())]:
+        return f" in {odd[0]}"
+    given = {x.name: x.default_value for x in func._schema.arguments if x.has_default_value()}
+    given |= dict(zip((x.name for x in func._schema.arguments), args)) | kwargs
+    if name == "rsqrt":  # In bf16 it is rounded once in a vector, and twice in its tail.
+        return None if tensors[0].dtype == torch.float32 else f" in {tensors[0].dtype}"
+    if name in ELEMENTWISE:
+        return f" with alpha = {given['alpha']}" if given.get("alpha", 1) != 1 else None
+    if name == "pow":
+        return None if given["exponent"] == 2 else f" with exponent {given['exponent']}"
+    if name in PRODUCTS:
+        return None if given[PRODUCTS[name]].shape[-1] % _TOKENS else " over tokens"
+    if name in ROWWISE:
+        last = given.get("dim") in (-1, given["self"].ndim - 1, [-1], [given["self"].ndim - 1])
+        return None if last and given["self"].shape[-1] % _TOKENS else " over tokens"
+    return ""
 
 
 def check_heads(

@@ -41,6 +41,18 @@ class Geometry:
     routed: bool = False
 
 
+# What the fields of config.json that only size a model are set to in one to look at.
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
 class Family(ABC):
     """Models of one architecture: a file of this package with a FAMILY.
 
@@ -88,9 +100,10 @@ class Family(ABC):
         flavors = copy.deepcopy(dict(spec.model_args))
         return dataclasses.replace(spec, model_args={name: packed(args) for name, args in flavors.items()})
 
-    def covered_modules(self) -> tuple[type[nn.Module], ...]:
-        """Modules with weights that only this family has, whose arithmetic is row-invariant."""
-        return ()
+    def small(self, args: BaseModelArgs) -> BaseModelArgs:
+        """Args of a model of the same operations, layers and experts, but narrow: it is built and run in no time."""
+        fields = self.to_hf(args)
+        return packed(self.from_hf(fields | {name: size for name, size in _SMALL.items() if name in fields}))
 
     def check_parallel(self, args: BaseModelArgs, tensor_parallel_degree: int) -> None:
         """Raises ValueError if a model with these args cannot be spread over so many ranks."""

@@ -31,7 +31,6 @@ from torchtitan.experiments.rl.unified.families.vllm_arithmetic import (
 )
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.models.moe import MoEArgs
-from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.qwen3.model.model import Attention, FeedForward, Qwen3Model, TransformerBlock
 from torchtitan.protocols.train_spec import get_train_spec, TrainSpec
@@ -134,9 +133,6 @@ class Qwen3(Family):
             hidden,
             routed=args.moe_enabled,
         )
-
-    def covered_modules(self) -> tuple[type[nn.Module], ...]:
-        return (GroupedExperts,)  # RowInvariantMoE multiplies by their weights itself.
 
     def check_parallel(self, args: Qwen3ModelArgs, tensor_parallel_degree: int) -> None:
         super().check_parallel(args, tensor_parallel_degree)

@@ -10,13 +10,16 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.devices.checks import check_supported
+from torchtitan.experiments.rl.unified.devices.attention import to_packed
+from torchtitan.experiments.rl.unified.devices.checks import check_operations
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.families.hf_config import read_config
 from torchtitan.experiments.rl.unified.families.tensors import check_weights
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
+from torchtitan.models.attention import VarlenMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +116,41 @@ def check_arithmetic(config: JobConfig) -> None:
         and not device.tensor_parallel_vllm_compat
     ):
         raise ValueError('[rl] mode = "vllm_compat" is not tensor parallel on a GPU; use mode = "unified"')
-    with torch.device("meta"):
-        model = policy.build()
-    check_supported(model, policy.family.covered_modules())
+    check_forward(policy, getattr(torch, config.generator.dtype))
     sizes = policy.geometry
     try:
         device.check_attention(sizes.head_size, sizes.heads, sizes.kv_heads, getattr(torch, config.generator.dtype))
     except ValueError as error:
         raise ValueError(f"{error}; [parity] check = \"off\" runs torch's and vLLM's own attention") from error
     if config.rl.mode == "vllm_compat":
+        with torch.device("meta"):
+            model = policy.build()
         policy.family.to_vllm_arithmetic(model, degrees.tensor_parallel_degree)
+
+
+def check_forward(policy: PolicyModel, dtype: torch.dtype) -> None:
+    """Every operation of the model is known to be row-invariant; its attention is the device's own.
+
+    Raises:
+        ValueError: names the operation and its module.
+    """
+    with torch.device("meta"):
+        model = PolicyModel(policy.family, policy.family.small(policy.args)).build(max_seq_len=64)
+    model.to_empty(device="cpu")
+    for weight in model.parameters():  # Not the buffers: their dtype is the model's own business.
+        weight.data = torch.zeros_like(weight, dtype=dtype)
+    policy.family.replace_attention(model, lambda _: _NoAttention())
+
+    def forward(tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        starts = torch.tensor([0, tokens.numel()], dtype=torch.int32)
+        masks = VarlenMetadata(starts, starts, tokens.numel(), tokens.numel())
+        model(tokens, attention_masks=masks, positions=positions)
+
+    check_operations(forward)
+
+
+class _NoAttention(nn.Module):
+    """In the place of attention: queries as they come, (tokens, heads, head size)."""
+
+    def forward(self, xq, xk, xv, attention_masks=None, scale=None) -> torch.Tensor:
+        return to_packed(xq)
