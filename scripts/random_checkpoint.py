@@ -42,5 +42,5 @@ def write_random_checkpoint(folder: Path, changes: dict) -> None:
     extra = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "float32"}
     limits = {"max_position_embeddings": args.max_seq_len, "hidden_act": "silu"}
     (folder / "config.json").write_text(json.dumps(qwen3.to_hf(args) | extra | limits))
-    for file in TOKENIZER.glob("tokenizer*"):
+    for file in (*TOKENIZER.glob("tokenizer*"), TOKENIZER / "generation_config.json"):
         shutil.copy(file, folder / file.name)
