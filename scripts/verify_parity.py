@@ -17,10 +17,7 @@ generator, or (in the rows "alone = ...") in another batch of the same generator
 """
 
 import argparse
-import dataclasses
-import gc
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -29,23 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from parity_pair import EngineProcess, ONE_RANK, Pair, set_num_threads
 from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
-from torchtitan.experiments.rl.unified.config.sections import Sampling
+from torchtitan.experiments.rl.unified.config.load import TRAIN_CONFIGS
 from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.families.qwen3 import TINY
-from torchtitan.experiments.rl.unified.generator.generator import Generator
-from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory, WeightUpdate
-from torchtitan.experiments.rl.unified.trainer.packing import pack
+from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory
 from torchtitan.experiments.rl.unified.trainer.parity import compare
-from torchtitan.experiments.rl.unified.weights.transports import build_transport
-
-# vLLM forbids to change the number of threads once an engine runs; this check is about doing just that.
-set_num_threads = torch.set_num_threads
-
 
 @dataclass(frozen=True)
 class Row:
@@ -58,120 +47,6 @@ class Row:
 
     def as_dict(self) -> dict:
         return {"mode": self.mode, "dtype": self.dtype, "case": self.case, **vars(self.report)}
-
-
-class Engine:
-    """The generator's process from its inside; one engine after the other."""
-
-    def build(self, flags: list[str]) -> None:
-        """Starts the engine of the job with these flags; the one before ends."""
-        self.generator = None
-        gc.collect()
-        torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
-        self.generator = Generator(load_job_config(flags))
-
-    def update_weights(self, update: WeightUpdate) -> None:
-        self.generator.update_weights(update)
-
-    def generate(self, requests: list[Request], threads: int) -> tuple[list[Trajectory], int]:
-        """Completions, and how many requests were thrown out of a full KV cache meanwhile."""
-        set_num_threads(threads)
-        scheduler = self.generator.engine.llm_engine.engine_core.engine_core.scheduler
-        preempt, preempted = scheduler._preempt_request, []
-        scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(args), preempt(*args, **kwargs))[1]
-        try:
-            return self.generator.generate(requests), len(preempted)
-        finally:
-            scheduler._preempt_request = preempt
-
-    def reset_prefix_cache(self) -> None:
-        self.generator.engine.reset_prefix_cache()
-
-
-def serve(connection) -> None:
-    """Answers calls of an Engine's methods, (name, arguments), with (error or "", what came of it)."""
-    prepare_environment()
-    engine = Engine()
-    while True:
-        name, args = connection.recv()
-        try:
-            connection.send(("", getattr(engine, name)(*args)))
-        except Exception as error:
-            connection.send((f"{type(error).__name__}: {error}", None))
-
-
-class EngineProcess:
-    """The generator's process from its outside."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, there = context.Pipe()
-        context.Process(target=serve, args=(there,), daemon=True).start()
-        there.close()
-
-    def ask(self, name: str, *args):
-        """Calls a method of the Engine."""
-        self._connection.send((name, args))
-        error, answer = self._connection.recv()
-        if error:
-            raise RuntimeError(f"generator: {error}")
-        return answer
-
-
-class Pair:
-    """A trainer, in this process, and a generator of one policy.
-
-    Args:
-        flags: of the job, as on its command line.
-        engine: the generator's process.
-    """
-
-    def __init__(self, flags: list[str], engine: EngineProcess) -> None:
-        from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer
-
-        self.config, self.engine = load_job_config(flags), engine
-        self.trainer = RLTrainer(self.config)
-        self.trainer.load()
-        engine.ask("build", flags)
-        self.preempted = 0
-        self.sync()
-
-    def sync(self) -> None:
-        """Brings the trainer's weights to the generator as the job does."""
-        transport = build_transport(self.config)
-        update = transport.send(
-            self.trainer.step, self.trainer.policy_weights(getattr(torch, self.config.generator.dtype))
-        )
-        self.engine.ask("update_weights", update)
-        transport.close()
-
-    def sample(self, requests: list[Request], tokens: int, threads: int = 1, **sampling) -> list[Trajectory]:
-        """A completion of each request, all in one call of the engine; `sampling` as in the TOML section."""
-        settings = Sampling(max_tokens=tokens, **sampling)
-        vars(self.trainer.job_config.sampling).update(vars(settings))
-        asked = [dataclasses.replace(request, sampling=settings) for request in requests]
-        trajectories, self.preempted = self.engine.ask("generate", asked, threads)
-        return trajectories
-
-    def check(self, trajectories: list[Trajectory], threads: int = 1) -> ParityReport:
-        """Compares with the trainer's log-probs of the same tokens, a few sequences to a pack."""
-        set_num_threads(threads)
-        report = ParityReport()
-        for start in range(0, len(trajectories), 8):
-            indices = list(range(start, min(start + 8, len(trajectories))))
-            packed = pack(trajectories, torch.zeros(len(trajectories)), indices)
-            tensors = {name: x.to(self.trainer.device) for name, x in vars(packed).items() if torch.is_tensor(x)}
-            with torch.no_grad(), batch_invariant_mode():
-                logprobs = self.trainer.logprobs(dataclasses.replace(packed, **tensors)).cpu()
-            sampled = torch.cat([trajectories[i].logprobs for i in indices])
-            report += compare(sampled, logprobs, lambda token: f"token {token} of sequences {indices}")
-        return report
-
-    def close(self) -> None:
-        self.trainer.close()
-        del self.trainer
-        gc.collect()
-        torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def same(one: list[Trajectory], other: list[Trajectory]) -> ParityReport:
@@ -402,7 +277,7 @@ def main() -> int:
     prepare_environment()
     engine = EngineProcess()
     # One process group of one rank, for all the trainers of this process.
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= ONE_RANK
     this_device().prepare_trainer()
     start, rows = time.monotonic(), []
     print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")

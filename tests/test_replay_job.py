@@ -6,6 +6,7 @@
 """A job's record serves others: its steps are checked from its checkpoints, its config gives the same run elsewhere."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,51 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import REPOSITORY
 
+# What a trainer leaves that finds a mismatch in the run's last step, and the command that explains it.
+EXPLAIN = """
+import sys
+import torch
+import parity_pair
+import replay
+from torchtitan.experiments.rl.unified.errors import ParityError
+from torchtitan.experiments.rl.unified.messages import ParityReport
+from torchtitan.experiments.rl.unified.trainer.parity import stop_at_mismatch
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=cwd)
+folder, *broken = sys.argv[1:]
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+step = replay.ReplayFolder(replay.config_of(replay.Path(folder))).trajectories(3)
+indices = list(range(0, len(step), 2))
+try:
+    logprobs = torch.cat([step[i].logprobs for i in indices])
+    stop_at_mismatch(ParityReport(9, 1, 0.1, "some token"), folder, 3, step, indices, logprobs)
+except ParityError as error:
+    print(error)
+torch.distributed.destroy_process_group()
+if broken:
+    import one_op_less
+    parity_pair.EngineProcess.prepare = one_op_less.in_this_process
+sys.argv = ["replay.py", "--parity", folder + "/parity_step_3.pt"]
+sys.exit(replay.main())
+"""
+ONE_OP_LESS = """
+import torch
+from torchtitan.experiments.rl.unified.devices.cpu import ops
+
+library, install = torch.library.Library("aten", "IMPL"), ops.install
+
+def install_all_but_one():
+    install()
+    library.impl("silu", lambda x: x * torch.sigmoid(x), "CPU", allow_override=True)
+
+def in_this_process():
+    ops.install = install_all_but_one
+"""
+
+
+def run(*command: str | Path, cwd: Path, path: str = "") -> subprocess.CompletedProcess:
+    words, environment = [sys.executable, *map(str, command)], os.environ | ({"PYTHONPATH": path} if path else {})
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
 
 
 def job(folder: Path, *flags: str | Path) -> Path:
@@ -86,3 +128,23 @@ def test_a_recorded_step_is_equal_until_one_byte_of_its_checkpoint_changes(finis
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"1 entries differ from what the run recorded\n  {name}\n" in done.stdout
     assert "tokens differ, first at prompt 'epoch 0 row " in done.stdout and "NOT equal" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_mismatch_is_traced_to_the_operation_that_one_process_computes_otherwise(finished, tmp_path):
+    """Proves that the trace finds nothing where nothing differs, and names an operation by itself where one does."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (tmp_path / "one_op_less.py").write_text(ONE_OP_LESS)
+    path = f"{REPOSITORY / 'scripts'}:{tmp_path}"
+    done = run("-c", EXPLAIN, folder, cwd=tmp_path, path=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = f"python scripts/replay.py --parity {folder / 'parity_step_3.pt'} names the operation"
+    assert said in done.stdout and f"weights: {folder}/checkpoint/step-2, those that sampled the tokens" in done.stdout
+    assert "16 of 16 completions have the recorded tokens" in done.stdout
+    assert int(done.stdout.split("none of ")[1].split(" outputs differ")[0]) > 50
+
+    done = run("-c", EXPLAIN, folder, "broken", cwd=tmp_path, path=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "first that differs: aten.silu.default #1 in layers.0.feed_forward, " in done.stdout
+    assert "the last equal one before it: output of layers.0.feed_forward.w1; first at prompt" in done.stdout

@@ -185,8 +185,9 @@ def test_a_forgotten_update_is_a_mismatch_of_stale_tokens_too(build, tmp_path):
     left = torch.load(tmp_path / "parity_step_3.pt")
     assert [t["completion_ids"] for t in left["trajectories"]] == [t.completion_ids for t in first]
     assert left["threads"] == torch.get_num_threads() and left["machine"]["cpu_flags"]
-    for trajectory, logprobs_T in zip(left["trajectories"], left["trainer_logprobs"], strict=True):
-        assert not torch.equal(trajectory["logprobs"], logprobs_T)
+    assert left["arithmetic"] == this_device().arithmetic() and left["compared"]
+    for i, logprobs_T in zip(left["compared"], left["trainer_logprobs"], strict=True):
+        assert not torch.equal(left["trajectories"][i]["logprobs"], logprobs_T)
 
 
 def test_weights_that_are_gone_are_no_comparison_and_are_counted(build):

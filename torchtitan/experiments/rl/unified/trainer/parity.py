@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import ParityError
 from torchtitan.experiments.rl.unified.messages import ParityReport, Trajectory
 from torchtitan.experiments.rl.unified.record.provenance import machine, versions
@@ -67,18 +68,25 @@ def compare_microbatch(
 
 
 def stop_at_mismatch(
-    report: ParityReport, folder: str, step: int, trajectories: list[Trajectory], trainer_N: torch.Tensor
+    report: ParityReport,
+    folder: str,
+    step: int,
+    trajectories: list[Trajectory],
+    indices: list[int],
+    trainer_N: torch.Tensor,
 ) -> None:
     """Raises ParityError if a token of `report` differs, and leaves what it takes to look for the cause in a file.
 
-    `<folder>/parity_step_N.pt` (`parity_step_N_rank_R.pt` of ranks above 0) holds plain values, for `torch.load`: the
-    completions of the microbatch with the generator's log-probs, the trainer's, threads, versions and machine.
+    `<folder>/parity_step_N.pt` (`parity_step_N_rank_R.pt` of ranks above 0) holds plain values, for `torch.load` and
+    scripts/replay.py: the completions of the step with the generator's log-probs, which of them the microbatch has and
+    the trainer's of those, what the bits depend on, versions and machine.
 
     Args:
         report: of the microbatch.
         folder: of the run.
-        trajectories: of the microbatch.
-        trainer_N: fp32 (sampled tokens,), the trainer's log-probs of all of them.
+        trajectories: of the step.
+        indices: of the microbatch's.
+        trainer_N: fp32 (sampled tokens,), the trainer's log-probs of all of the microbatch's.
     """
     if not report.mismatched_tokens:
         return
@@ -88,7 +96,9 @@ def stop_at_mismatch(
         "step": step,
         "first": report.first,
         "trajectories": [dataclasses.asdict(trajectory) for trajectory in trajectories],
-        "trainer_logprobs": list(trainer_N.cpu().split([len(t.completion_ids) for t in trajectories])),
+        "compared": indices,
+        "trainer_logprobs": list(trainer_N.cpu().split([len(trajectories[i].completion_ids) for i in indices])),
+        "arithmetic": this_device().arithmetic(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "machine": machine(),
@@ -96,7 +106,7 @@ def stop_at_mismatch(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, path)
-        where = f"both sides are in {path}"
+        where = f"both sides are in {path}: python scripts/replay.py --parity {path} names the operation"
     except (OSError, RuntimeError) as error:
         where = f"{path} could not be written: {error}"
     raise ParityError(

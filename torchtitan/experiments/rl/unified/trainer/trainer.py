@@ -305,5 +305,5 @@ class RLTrainer(CheckpointedTrainer):
         report = compare_microbatch(self.step, self._trajectories, microbatch, trainer_N, of_N)
         self.parity += report
         if check == "assert":
-            trajectories = [self._trajectories[i] for i in microbatch.trajectories]
-            stop_at_mismatch(report, self.job_config.job.dump_folder, self.step, trajectories, trainer_N)
+            indices, folder = microbatch.trajectories, self.job_config.job.dump_folder
+            stop_at_mismatch(report, folder, self.step, self._trajectories, indices, trainer_N)
