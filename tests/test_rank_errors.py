@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torchtitan.experiments.rl.unified.controller.hosts import one_arithmetic
+from torchtitan.experiments.rl.unified.devices.cpu.linear import isa
+from torchtitan.experiments.rl.unified.errors import ParityError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_faults import FLAGS, marked, metrics, wait_for  # noqa: E402
@@ -140,3 +144,41 @@ def test_what_one_rank_sees_ends_the_job_at_once(kind, layout, tmp_path):
     assert ended - fault <= LIMIT_SECONDS
     assert len(metrics(tmp_path / "run")) == steps
     wait_for(lambda: not marked(f"FAULT_TEST={tmp_path}"), 5, "the processes of the job to end")
+
+
+# Runs the job with a generator actor that is told of other instructions, in its own process.
+OTHER_PRODUCTS = """
+import sys
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import generators
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+class OtherProducts(generators.GeneratorActor):
+    def __init__(self, *args):
+        from torchtitan.experiments.rl.unified.devices.cpu.linear import use_isa
+        use_isa("avx2")
+        super().__init__(*args)
+
+generators.GeneratorActor = OtherProducts
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_decides_otherwise_is_refused_by_name(tmp_path):
+    """Proves that nothing is trained where trainer and generator multiply by different kernels."""
+    if isa(torch.float32) == "avx2":
+        pytest.skip("this CPU's best kernels are the least ones")
+    command = [sys.executable, "-c", OTHER_PRODUCTS, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"the trainer computes by .*avx512.*, generator0 by .*avx2.*: their log-probs would differ", error)
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not metrics(tmp_path / "run")
+
+
+def test_two_ranks_of_one_kind_compute_by_one_arithmetic():
+    assert one_arithmetic({"trainer rank 0": "amx", "trainer rank 1": "amx"}) == "amx"
+    with pytest.raises(ParityError, match="trainer rank 0 computes by amx, trainer rank 2 by avx2"):
+        one_arithmetic({"trainer rank 0": "amx", "trainer rank 1": "amx", "trainer rank 2": "avx2"})
