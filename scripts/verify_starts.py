@@ -60,7 +60,8 @@ def main() -> int:
                 paths = ["--model.hf_assets_path", f"{folder}/model", "--job.dump_folder", str(out)]
                 run = subprocess.run([*job, *paths, "--rl.mode", mode, *flags], capture_output=True, text=True)
                 metrics = out / "metrics.jsonl"
-                step = json.loads(metrics.read_text().splitlines()[-1]) if metrics.exists() else {}
+                lines = metrics.read_text().splitlines() if metrics.exists() else []
+                step = json.loads(lines[-1]) if lines else {}
                 count, differ = step.get("tokens_compared", 0), step.get("mismatched_tokens", 0)
                 ended = f"{differ} of {count} tokens differ" if count else run.stderr.strip()[-500:]
                 print(f"{mode:12} start {start:2}: {ended}, {time.monotonic() - begun:.0f} s", flush=True)

@@ -461,3 +461,47 @@ def test_silu_at_the_ends(value, dtype):
     with batch_invariant_mode():
         found = F.silu(x)
     torch.testing.assert_close(found, F.silu(x), equal_nan=True, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1200, 64), (3, 5, 7), (40, 1003), (1, 29, 4, 32)])
+def test_rms_norm_and_its_gradients(shape, dtype):
+    x, grad = numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype)
+    weight = numbers(shape[-1], dtype=dtype)
+
+    def computed(*inputs: Tensor) -> list[Tensor]:
+        inputs = [i.detach().requires_grad_() for i in inputs]
+        out = F.rms_norm(inputs[0], shape[-1:], inputs[1], 1e-6)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    expected = computed(x.double(), weight.double())
+    found = []
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        with batch_invariant_mode():
+            found.append(computed(x, weight))
+    for one, two, eight, double in zip(*found, expected, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, eight)
+        assert (one - double).norm() / double.norm() < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_a_graph_made_inside_the_mode_is_walked_outside():
+    x = numbers(9, 33, dtype=torch.float32).requires_grad_()
+    with batch_invariant_mode():
+        out = F.rms_norm(x, (33,), torch.ones(33))
+    mix = numbers(9, 33, dtype=torch.float32)
+    [found] = torch.autograd.grad((out * mix).sum(), x)
+    [expected] = torch.autograd.grad((F.rms_norm(x, (33,), torch.ones(33)) * mix).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_without_weight_or_in_other_dtypes_are_torchs():
+    x = numbers(9, 4, 33, dtype=torch.float64).requires_grad_()
+    for given, shape, weight in ((x, (33,), torch.ones(33).double()), (x, (4, 33), None), (x.float(), (33,), None)):
+        expected, mix = F.rms_norm(given, shape, weight, 1e-5), numbers(*given.shape, dtype=given.dtype)
+        with batch_invariant_mode():
+            found = F.rms_norm(given, shape, weight, 1e-5)
+            [grad] = torch.autograd.grad((found * mix).sum(), x, retain_graph=True)
+        assert torch.equal(found, expected)
+        other = torch.autograd.grad((expected * mix).sum(), x, retain_graph=True)[0]
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)

@@ -15,8 +15,9 @@ import torch
 
 _SOURCES = Path(__file__).parent / "cpu" / "csrc"
 
-# The kernels state the order of every sum: the compiler must not fuse, reassociate or drop signs of zero.
-_FLAGS = ("-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fsigned-zeros")
+# The kernels state the order of every sum: the compiler must not fuse, reassociate or drop signs of zero. Inductor's own
+# flags forbid it to vectorise loops, those marked as such too.
+_FLAGS = ("-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fsigned-zeros", "-ftree-loop-vectorize")
 
 
 @functools.cache

@@ -364,6 +364,22 @@ void attend_widened(const Rows& x, int start, int n, const bf16* k0, const bf16*
 }
 
 template <class T>
+void ask_for(const T* p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+}
+
+// Asks the caches for the runs of the tile that begins with `run`, whose keys end with `last`.
+template <class T>
+void ask_for_tile(const Keys<T>& keys, int run, int last, int64_t d_size) {
+  for (int i = run; i <= std::min(run + kTile / kSub - 1, last); i++) {
+    ask_for(keys.key_run(i), kSub * d_size);
+    const T* v = keys.value_run(i);
+    for (int j = 0; j < kSub; j++) ask_for(v + j * keys.v_row, d_size);
+  }
+}
+
+template <class T>
 void attend(const Rows& x, const Keys<T>& keys, int64_t d_size) {
   std::fill(x.o, x.o + x.rows * d_size, 0.f);
   std::fill(x.l, x.l + x.rows, Vec{});
@@ -375,6 +391,8 @@ void attend(const Rows& x, const Keys<T>& keys, int64_t d_size) {
     const int next = n > kSub ? run + 1 : run;  // the second run may not be there
     const T *k0 = keys.key_run(run), *k1 = keys.key_run(next);
     const T *v0 = keys.value_run(run), *v1 = keys.value_run(next);
+    // A decode reads its keys once, from far away.
+    if (x.rows <= kWidenRows && start + kTile < end) ask_for_tile(keys, run + kTile / kSub, (end - 1) / kSub, d_size);
     if constexpr (std::is_same_v<T, bf16>) {
       if (x.rows > kWidenRows) {
         attend_widened(x, start, n, k0, k1, v0, v1, keys.v_row, d_size);

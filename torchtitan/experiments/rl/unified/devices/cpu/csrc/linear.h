@@ -23,6 +23,7 @@ constexpr int64_t kPlanes = __builtin_ctzll(kLeaves) + 1;  // sums of leaves tha
 #include "linear_isa.h"
 
 constexpr int64_t kFewTiles = 2;            // up to so many tiles of rows, whole sums at once: w is read as a stream
+constexpr int64_t kAhead = 1024;            // words of that stream on their way: 4 KiB
 constexpr int64_t kFewPanels = 4;           // panels at a time with few rows,
 constexpr int64_t kManyPanels = 32;         // and with many
 constexpr int64_t kWorkOfThread = 1 << 16;  // multiplications that are worth a thread
@@ -48,24 +49,6 @@ uint32_t* scratch(int64_t words) {
   thread_local std::vector<char> buffer;
   if ((int64_t)buffer.size() < 4 * words + kLine) buffer.resize(4 * words + kLine);
   return reinterpret_cast<uint32_t*>(((uintptr_t)buffer.data() + kLine - 1) / kLine * kLine);
-}
-
-inline float widen(float x) { return x; }
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-inline void narrow(float x, float* y) { *y = x; }
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void narrow(float x, uint16_t* y) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  *y = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
 // One thread's part of a product.
@@ -147,7 +130,8 @@ class Part {
           const Rows r = rows_of(t);
           const int64_t place = at_once ? 0 : t * path.tile_rows * ldc + (g - q) * kColumns;
           float* c = leaf_sums + place;
-          right.tiles[r.count()](x + t * x_tile, right.w, right.stride, panels, right.units, c, ldc, s.first);
+          right.tiles[r.count()](x + t * x_tile, right.w, right.stride, panels, right.units, c, ldc, s.first,
+              few ? kAhead : 0);
           if (!s.last) continue;
           add_leaves(s.leaf, c, plane, r.count(), panels * kColumns, ldc);
           if (s.leaf == kLeaves - 1) finish(sums + place, ldc, r, g * kColumns, panels * kColumns);
@@ -160,11 +144,15 @@ class Part {
     const T* from = (const T*)p.x + rows.begin * p.x_stride + s.k;
     if (path.mode == kAmxTiles) {
       for (int64_t r = 0; r < ceil_div(rows.count(), 16) * 16; r++) {
-        for (int64_t u = 0; u < s.units; u += kAlign) {
-          char* to = reinterpret_cast<char*>(x + r / 16 * 16 * s.units + u * 16 + r % 16 * kAlign);
-          const int64_t numbers = r < rows.count() ? std::clamp<int64_t>(s.size - u * 2, 0, kAlign * 2) : 0;
-          std::memcpy(to, from + r * p.x_stride + u * 2, numbers * 2);
-          std::memset(to + numbers * 2, 0, kAlign * 4 - numbers * 2);
+        const int64_t size = r < rows.count() ? s.size : 0, whole = size / (kAlign * 2) * kAlign;
+        const T* row = from + r * p.x_stride;
+        uint32_t* to = x + r / 16 * 16 * s.units + r % 16 * kAlign;
+        int64_t u = 0;
+        for (; u < whole; u += kAlign) std::memcpy(to + u * 16, row + u * 2, kAlign * 4);
+        for (; u < s.units; u += kAlign) {
+          T rest[kAlign * 4 / sizeof(T)] = {};
+          std::copy(row + std::min(size, u * 2), row + std::min(size, (u + kAlign) * 2), rest);
+          std::memcpy(to + u * 16, rest, kAlign * 4);
         }
       }
     } else if (path.mode == kPairs) {
@@ -214,6 +202,11 @@ class Part {
 
   void finish(const float* sum, int64_t ldc, Rows rows, int64_t n, int64_t columns) {
     columns = std::min(columns, p.n - n);
+    if (sizeof(T) == 2 && isa >= kAvx512Bf16 && !p.bias && p.alpha == 1 && columns % kColumns == 0) {
+      for (int64_t m = rows.begin; m < rows.end; m++, sum += ldc)
+        avx512_bf16::narrow_row(sum, (uint16_t*)p.out + m * p.out_stride + n, columns);
+      return;
+    }
     for (int64_t m = rows.begin; m < rows.end; m++, sum += ldc) {
       T* out = (T*)p.out + m * p.out_stride + n;
       if (p.bias) {

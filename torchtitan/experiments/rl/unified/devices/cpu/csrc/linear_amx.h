@@ -27,9 +27,17 @@ inline bool allow_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// Asks the caches for the register that is read `ahead` words later; 0: w is in them.
+inline void ask_for(const uint32_t* w, int64_t ahead) {
+  if (!ahead) return;
+#pragma GCC unroll 16
+  for (int64_t word = 0; word < kTileWords; word += kAlign) _mm_prefetch(w + ahead + word, _MM_HINT_T0);
+}
+
 // x: [2][units / kAlign][16 rows][kAlign]
 inline void block_2x2(
-    const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first) {
+    const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first,
+    int64_t ahead) {
   const uint32_t* x1 = x + 16 * units;
   if (first) {
     _tile_zero(0);
@@ -43,6 +51,8 @@ inline void block_2x2(
     _tile_loadd(3, c + 16 * ldc + kColumns, ldc * 4);
   }
   for (int64_t i = 0; i < 16 * units; i += kTileWords) {
+    ask_for(w + i, ahead);
+    ask_for(w + panel + i, ahead);
     _tile_loadd(4, x + i, 64);
     _tile_loadd(6, w + i, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -59,7 +69,8 @@ inline void block_2x2(
 }
 
 inline void block_1x4(
-    const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first) {
+    const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first,
+    int64_t ahead) {
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -72,6 +83,7 @@ inline void block_1x4(
     _tile_loadd(3, c + 3 * kColumns, ldc * 4);
   }
   for (int64_t i = 0; i < 16 * units; i += kTileWords) {
+    for (int64_t p = 0; p < 4; p++) ask_for(w + p * panel + i, ahead);
     _tile_loadd(4, x + i, 64);
     _tile_loadd(5, w + i, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -88,13 +100,15 @@ inline void block_1x4(
   _tile_stored(3, c + 3 * kColumns, ldc * 4);
 }
 
-inline void block_1x1(const uint32_t* x, const uint32_t* w, int64_t units, float* c, int64_t ldc, bool first) {
+inline void block_1x1(
+    const uint32_t* x, const uint32_t* w, int64_t units, float* c, int64_t ldc, bool first, int64_t ahead) {
   if (first) {
     _tile_zero(0);
   } else {
     _tile_loadd(0, c, ldc * 4);
   }
   for (int64_t i = 0; i < 16 * units; i += kTileWords) {
+    ask_for(w + i, ahead);
     _tile_loadd(4, x + i, 64);
     _tile_loadd(5, w + i, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -106,16 +120,16 @@ inline void block_1x1(const uint32_t* x, const uint32_t* w, int64_t units, float
 template <bool two>
 void tile(
     const uint32_t* x, const uint32_t* w, int64_t panel, int64_t panels, int64_t units, float* c, int64_t ldc,
-    bool first) {
+    bool first, int64_t ahead) {
   int64_t p = 0;
   if constexpr (two) {
-    for (; p + 2 <= panels; p += 2) block_2x2(x, w + p * panel, panel, units, c + p * kColumns, ldc, first);
+    for (; p + 2 <= panels; p += 2) block_2x2(x, w + p * panel, panel, units, c + p * kColumns, ldc, first, ahead);
   } else {
-    for (; p + 4 <= panels; p += 4) block_1x4(x, w + p * panel, panel, units, c + p * kColumns, ldc, first);
+    for (; p + 4 <= panels; p += 4) block_1x4(x, w + p * panel, panel, units, c + p * kColumns, ldc, first, ahead);
   }
   for (; p < panels; p++) {
-    block_1x1(x, w + p * panel, units, c + p * kColumns, ldc, first);
-    if (two) block_1x1(x + 16 * units, w + p * panel, units, c + 16 * ldc + p * kColumns, ldc, first);
+    block_1x1(x, w + p * panel, units, c + p * kColumns, ldc, first, ahead);
+    if (two) block_1x1(x + 16 * units, w + p * panel, units, c + 16 * ldc + p * kColumns, ldc, first, ahead);
   }
 }
 

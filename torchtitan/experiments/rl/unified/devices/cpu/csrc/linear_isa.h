@@ -9,10 +9,11 @@ enum Isa { kAvx2, kAvx512, kAvx512Bf16, kAmx };
 enum Mode { kFma, kPairs, kDot, kAmxTiles };
 
 // Some rows of x by some panels into c, on top of what c holds unless it is the first part of a sum. `panel` is the
-// distance of panels, `units` how many units of k; x and w as in linear_pack.h.
+// distance of panels, `units` how many units of k, `ahead` how many words early w is asked for where it is read as a
+// stream; x and w as in linear_pack.h.
 using Tile = void (*)(
     const uint32_t* x, const uint32_t* w, int64_t panel, int64_t panels, int64_t units, float* c, int64_t ldc,
-    bool first);
+    bool first, int64_t ahead);
 
 // How one dtype is computed, and in which blocks for the caches; the blocks have no say in the bits.
 struct Path {

@@ -26,6 +26,24 @@ struct Depth {
   int64_t leaf_size(int64_t i) const { return std::max<int64_t>(0, std::min(leaf, k - i * leaf)); }
 };
 
+inline float widen(float x) { return x; }
+
+inline float widen(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+inline void narrow(float x, float* y) { *y = x; }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void narrow(float x, uint16_t* y) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  *y = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
 inline uint32_t word(const float* p, int64_t, int64_t) {
   uint32_t w;
   std::memcpy(&w, p, sizeof w);

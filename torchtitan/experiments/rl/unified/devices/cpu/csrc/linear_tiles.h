@@ -57,7 +57,9 @@ inline void step(Vec (&s)[R][V], const uint32_t* x, const UVec (&w)[V]) {
 
 // x: [units][R] words, twice as many for kPairs (k, then k + 1, as fp32); w: the first panel of P.
 template <Mode mode, int R, int P>
-void block(const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first) {
+void block(
+    const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, float* c, int64_t ldc, bool first,
+    int64_t ahead) {
   constexpr int V = P * kVectors;
   Vec s[R][V];
 #pragma GCC unroll 16
@@ -69,6 +71,8 @@ void block(const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, f
     UVec words[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) words[v] = load<UVec>(w + v / kVectors * panel + v % kVectors * kLanes);
+    if (ahead)
+      for (int p = 0; p < P; p++) _mm_prefetch(w + p * panel + ahead, _MM_HINT_T0);
     if constexpr (mode == kPairs) {
       UVec halves[V];
 #pragma GCC unroll 8
@@ -93,12 +97,31 @@ void block(const uint32_t* x, const uint32_t* w, int64_t panel, int64_t units, f
 template <Mode mode, int R>
 void tile(
     const uint32_t* x, const uint32_t* w, int64_t panel, int64_t panels, int64_t units, float* c, int64_t ldc,
-    bool first) {
+    bool first, int64_t ahead) {
   constexpr int P = std::clamp(kAccumulators / (R * kVectors), 1, 4);
   int64_t p = 0;
-  for (; p + P <= panels; p += P) block<mode, R, P>(x, w + p * panel, panel, units, c + p * kColumns, ldc, first);
-  for (; p < panels; p++) block<mode, R, 1>(x, w + p * panel, panel, units, c + p * kColumns, ldc, first);
+  for (; p + P <= panels; p += P) 
+    block<mode, R, P>(x, w + p * panel, panel, units, c + p * kColumns, ldc, first, ahead);
+  for (; p < panels; p++) block<mode, R, 1>(x, w + p * panel, panel, units, c + p * kColumns, ldc, first, ahead);
 }
+
+#ifdef RL_DOT
+// Rounds `count` sums, a multiple of 16, to bf16 as narrow() does, by the CPU's own instruction. That takes numbers
+// below the normal ones for zero: they are left to narrow().
+inline void narrow_row(const float* sum, uint16_t* out, int64_t count) {
+  const __m512i one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7fffff);
+  for (int64_t c = 0; c < count; c += 16) {
+    const __m512 s = _mm512_loadu_ps(sum + c);
+    const __m512i magnitude = _mm512_and_epi32(_mm512_castps_si512(s), _mm512_set1_epi32(0x7fffffff));
+    if (_mm512_cmplt_epu32_mask(_mm512_sub_epi32(magnitude, one), most)) {
+      for (int64_t i = c; i < c + 16; i++) narrow(sum[i], out + i);
+    } else {
+      const __m256i bits = (__m256i)_mm512_cvtneps_pbh(s);
+      std::memcpy(out + c, &bits, sizeof bits);
+    }
+  }
+}
+#endif
 
 // By the number of rows, from 1 on. Constants: code of this target must not run before the CPU was asked.
 template <Mode mode, class>

@@ -3,22 +3,25 @@
 // This source code is licensed under the BSD-style license found in the
 // LICENSE file in the root directory of this source tree.
 
-// Matrix products and SiLU on a CPU whose rows have the same bits whatever the other rows are.
+// Matrix products, RMSNorm and SiLU on a CPU whose rows have the same bits whatever the other rows are.
 //
 // Products: linear.h. SiLU: torch computes full vectors and tails by two formulas; here every element takes the same
-// operations.
+// operations. RMSNorm: torch has six operations for it, this is one pass.
 //
 // The kernels replace torch's at the CPU dispatch key, below autograd: torch's derivative formulas stay in force.
 
 #include <ATen/Parallel.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_fused_rms_norm_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/bmm_cpu_dispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/silu_cpu_dispatch.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -32,11 +35,15 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -245,6 +252,135 @@ at::Tensor silu_elements(const at::Tensor& self) {
   return y;
 }
 
+inline float sum(Vec v) {
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; lane++) total += v[lane];
+  return total;
+}
+
+// Calls f(i, load) for each vector of a row; `load` reads a vector at i, with zeros beyond the row's end.
+template <typename F>
+inline void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, [i](const auto* p) { return load(p + i); });
+  if (i == count) return;
+  f(i, [i, count](const auto* p) {
+    std::remove_const_t<std::remove_pointer_t<decltype(p)>> tail[kLanes] = {};
+    std::copy(p + i, p + count, tail);
+    return load(tail);
+  });
+}
+
+template <typename T>
+inline void store_part(T* p, int64_t i, int64_t count, Vec v) {
+  if (i + kLanes <= count) return store(p + i, v);
+  T tail[kLanes];
+  store(tail, v);
+  std::copy(tail, tail + (count - i), p + i);
+}
+
+// y = x * rstd * weight, rounded once, with rstd = 1 / sqrt(mean(x^2) + eps), in fp32. Sums run in 16 lanes.
+template <typename T>
+float rms_norm_row(const T* x, const T* weight, T* y, int64_t width, float eps) {
+  Vec squares{};
+  for_vectors(width, [&](int64_t, auto load) { squares += load(x) * load(x); });
+  const float rstd = 1 / std::sqrt(sum(squares) / width + eps);
+  for_vectors(width, [&](int64_t i, auto load) { store_part(y, i, width, (load(x) * rstd) * load(weight)); });
+  return rstd;
+}
+
+// dx = rstd * (g - n * mean(g * n)) with n = x * rstd and g = dy * weight; adds dy * n to dweight.
+template <typename T>
+void rms_norm_backward_row(
+    const T* dy, const T* x, const T* weight, float rstd, T* dx, float* dweight, int64_t width) {
+  Vec products{};
+  for_vectors(width, [&](int64_t i, auto load) {
+    const Vec n = load(x) * rstd, d = load(dy);
+    products += d * load(weight) * n;
+    store_part(dweight, i, width, load(static_cast<const float*>(dweight)) + d * n);
+  });
+  const float mean = sum(products) / width;
+  for_vectors(width, [&](int64_t i, auto load) {
+    store_part(dx, i, width, (load(dy) * load(weight) - load(x) * rstd * mean) * rstd);
+  });
+}
+
+bool is_rms_norm_here(const at::Tensor& x, at::IntArrayRef shape, const std::optional<at::Tensor>& weight) {
+  const auto dtype = x.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && shape.size() == 1 && weight && weight->defined() &&
+      weight->scalar_type() == dtype && weight->dim() == 1 && x.numel() && x.size(-1) == weight->numel();
+}
+
+int64_t rows_at_once(int64_t width) { return std::max<int64_t>(1, kGrain / width); }
+
+std::tuple<at::Tensor, at::Tensor> rms_norm(
+    const at::Tensor& input, at::IntArrayRef shape, const std::optional<at::Tensor>& weight, std::optional<double> e) {
+  if (!is_rms_norm_here(input, shape, weight))
+    return at::compositeimplicitautograd::_fused_rms_norm(input, shape, weight, e);
+  const float eps = e.value_or(0x1p-23);  // of fp32, as torch has it for bf16 too
+  const at::Tensor x = input.contiguous(), w = weight->contiguous();
+  const int64_t width = x.size(-1);
+  auto sizes = x.sizes().vec();
+  sizes.back() = 1;
+  at::Tensor y = at::empty_like(x), rstd = at::empty(sizes, x.options().dtype(at::kFloat));
+  at::parallel_for(0, rstd.numel(), rows_at_once(width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t at = row * width;
+      rstd.mutable_data_ptr<float>()[row] = x.scalar_type() == at::kFloat
+          ? rms_norm_row(
+                x.const_data_ptr<float>() + at, w.const_data_ptr<float>(), y.mutable_data_ptr<float>() + at, width, eps)
+          : rms_norm_row(
+                x.const_data_ptr<at::BFloat16>() + at, w.const_data_ptr<at::BFloat16>(),
+                y.mutable_data_ptr<at::BFloat16>() + at, width, eps);
+    }
+  });
+  return {y, rstd};
+}
+
+template <typename T>
+void rms_norm_backward_rows(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd, at::Tensor& dx,
+    at::Tensor& dw_parts, int64_t block) {
+  const int64_t width = x.size(-1), rows = rstd.numel();
+  at::parallel_for(0, dw_parts.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * block; row < std::min(rows, end * block); row++) {
+      const int64_t at = row * width;
+      rms_norm_backward_row(
+          dy.const_data_ptr<T>() + at, x.const_data_ptr<T>() + at, w.const_data_ptr<T>(),
+          rstd.const_data_ptr<float>()[row], dx.mutable_data_ptr<T>() + at,
+          dw_parts.mutable_data_ptr<float>() + row / block * width, width);
+    }
+  });
+}
+
+// The weight's gradient is summed over blocks of rows, then over the blocks: one order for every number of threads.
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape, const at::Tensor& rstd,
+    const std::optional<at::Tensor>& weight, std::array<bool, 2>) {
+  if (!is_rms_norm_here(input, shape, weight) || grad.scalar_type() != input.scalar_type()) {
+    const auto dtype = rstd.scalar_type();
+    const bool weighted = weight && weight->defined();
+    std::vector<int64_t> dims;
+    for (int64_t dim = -1; dim >= -static_cast<int64_t>(shape.size()); dim--) dims.push_back(dim);
+    const at::Tensor n = input.to(dtype) * rstd, dy = grad.to(dtype), g = weighted ? dy * weight->to(dtype) : dy;
+    const at::Tensor dx = (g - n * (g * n).mean(dims, true)) * rstd;
+    const at::Tensor dw = weighted ? (dy * n).sum_to_size(weight->sizes()).to(weight->scalar_type()) : at::Tensor();
+    return {dx.to(input.scalar_type()), dw};
+  }
+  const at::Tensor dy = grad.contiguous(), x = input.contiguous(), w = weight->contiguous(), r = rstd.contiguous();
+  const int64_t block = rows_at_once(x.size(-1));
+  at::Tensor dx = at::empty_like(x);
+  at::Tensor dw_parts = at::zeros({ceil_div(r.numel(), block), x.size(-1)}, x.options().dtype(at::kFloat));
+  if (x.scalar_type() == at::kFloat) {
+    rms_norm_backward_rows<float>(dy, x, w, r, dx, dw_parts, block);
+  } else {
+    rms_norm_backward_rows<at::BFloat16>(dy, x, w, r, dx, dw_parts, block);
+  }
+  at::Tensor dw = dw_parts[0];
+  for (int64_t part = 1; part < dw_parts.size(0); part++) dw += dw_parts[part];
+  return {dx, dw.to(w.scalar_type())};
+}
+
 // The dispatcher warns of every replaced kernel, which is what is meant here.
 class Silence : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
@@ -262,6 +398,9 @@ TORCH_LIBRARY_IMPL(rl_unified, CPU, m) {
   m.impl("pack_weight", &pack_weight);
   m.impl("packed_linear", &packed_linear);
 }
+
+// A graph that was made inside the mode may be walked outside; torch itself has no such kernel on a CPU.
+TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("_fused_rms_norm_backward", &rms_norm_backward); }
 
 extern "C" {
 
@@ -283,6 +422,7 @@ void install() {
   library->impl("addmm", &addmm_rows);
   library->impl("bmm", &bmm_rows);
   library->impl("silu", &silu_elements);
+  library->impl("_fused_rms_norm", &rms_norm);
 }
 
 // Gives torch its kernels back.
