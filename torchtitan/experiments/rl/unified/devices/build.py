@@ -15,8 +15,8 @@ import torch
 
 _SOURCES = Path(__file__).parent / "cpu" / "csrc"
 
-# The kernels state the order of every sum: the compiler must not fuse, reassociate or drop signs of zero. Inductor's own
-# flags forbid it to vectorise loops, those marked as such too.
+# The kernels state the order of every sum: the compiler must not fuse, reassociate or drop signs of zero. It may
+# vectorise loops again, which inductor's own flags forbid, those marked simd too.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fsigned-zeros", "-ftree-loop-vectorize")
 
 
