@@ -17,11 +17,11 @@ SCRIPTS = REPOSITORY / "scripts"
 @pytest.mark.slow
 def test_layouts_of_the_trainer_agree_with_one_rank():
     """Proves that gradients, with a reference policy, do not depend on the layout, and parity in each."""
-    command = [sys.executable, "verify_layouts.py", "--steps", "3", "--layouts", "HSDP 2x2,FSDP 2 x TP 2"]
+    command = [sys.executable, "verify_layouts.py", "--steps", "3", "--layouts", "FSDP 2 x TP 2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=SCRIPTS)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = done.stdout.splitlines()[1:]
-    assert [row[:14].strip() for row in rows] == ["1 rank", "HSDP 2x2", "FSDP 2 x TP 2"]
+    assert [row[:14].strip() for row in rows] == ["1 rank", "FSDP 2 x TP 2"]
     assert all(int(row.split()[-2]) > 500 for row in rows), "tokens compared"
 
 
