@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,8 +214,9 @@ def test_a_killed_controller_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_job_in_good_order(tmp_path):
-    """Proves that an interrupted job ends in seconds, with its record whole."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_job_in_good_order(number, tmp_path):
+    """Proves that an interrupted job ends in seconds, with its record whole, and that no other job gets its folder."""
     command = [sys.executable, simple_rl_multiprocess.__file__, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
     mark = f"FAULT_TEST={tmp_path}"
     environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
@@ -228,10 +230,17 @@ def test_ctrl_c_ends_the_job_in_good_order(tmp_path):
     )
     with job:
         wait_for(lambda: has_stepped(tmp_path / "run"), 240, "the first step")
-        os.killpg(job.pid, signal.SIGINT)
+        if number == signal.SIGTERM:
+            second = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, timeout=120)
+            assert second.returncode == 1
+            assert f"error: {tmp_path}/run is in use by process {job.pid} on {socket.gethostname()}: " in second.stderr
+            os.kill(job.pid, number)  # As a container's end does it; Ctrl-C reaches all processes of a terminal.
+        else:
+            os.killpg(job.pid, number)
         _, errors = job.communicate(timeout=60)
-    assert job.returncode == 130 and errors.strip().endswith("interrupted") and "Traceback" not in errors
-    assert metrics(tmp_path / "run")
+    assert job.returncode == 128 + number and "Traceback" not in errors
+    assert errors.strip().endswith("interrupted" if number == signal.SIGINT else "interrupted by SIGTERM")
+    assert metrics(tmp_path / "run") and "interrupted" in (tmp_path / "run/report.html").read_text()
     wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
 
 

@@ -11,6 +11,7 @@ Trainer, the generators are actors over vLLM's engine. Two loops, `generate` and
 """
 
 import asyncio
+import signal
 import sys
 from contextlib import closing, suppress
 from importlib import import_module
@@ -42,6 +43,7 @@ def run(args: list[str], dry: bool) -> str:
     config = load_job_config(args)
     honour_environment(config, on_gpu=not device.in_host_memory)
     from torchtitan.experiments.rl.unified.controller.run import run_job
+    from torchtitan.experiments.rl.unified.controller.signals import ends_in_order
     from torchtitan.experiments.rl.unified.preflight import check
     from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job
 
@@ -51,11 +53,18 @@ def run(args: list[str], dry: bool) -> str:
     with closing(check(config)) as job:
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return "" if dry else asyncio.run(run_job(config, job.task, job.evaluation))
+        if dry:
+            return ""
+        with ends_in_order(config.supervision.grace_seconds) as signals:
+            try:
+                return asyncio.run(run_job(config, job.task, job.evaluation))
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(*signals[:1]) from error
 
 
 def main(args: list[str]) -> int:
-    """Exit status: 0 after the last step, 1 for a job that cannot run or that failed, 130 after Ctrl-C."""
+    """Exit status: 0 after the last step, 1 for a job that cannot run or that failed; of one that a signal ended
+    (Ctrl-C is SIGINT) 128 and the signal's number."""
     words = [arg for arg in args if arg not in ("--dry_run", "--dry-run")]
     try:
         if {"--help", "-h"} & set(words):
@@ -81,9 +90,10 @@ def main(args: list[str]) -> int:
             print(said)
     except (ValueError, *expected, errors.ProcessLost, errors.WeightTransferError) as error:
         return _failed(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or [signal.SIGINT])
+        print("interrupted" if number == signal.SIGINT else f"interrupted by {number.name}", file=sys.stderr)
+        return 128 + number
     return 0
 
 

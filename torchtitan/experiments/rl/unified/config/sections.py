@@ -226,6 +226,9 @@ class Supervision:
     max_restarts: Annotated[int, COUNT_OR_NONE] = 3
     """How often a run starts a lost generator or trainer mesh again before it gives up"""
 
+    grace_seconds: Annotated[float, SECONDS] = 30
+    """After SIGTERM or SIGHUP, which end the run as Ctrl-C does, how long until its processes are killed"""
+
 
 @dataclass
 class Cluster:

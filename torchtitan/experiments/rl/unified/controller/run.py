@@ -7,6 +7,8 @@
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 from torchtitan.experiments.rl.unified.config.derived import steps_ahead
 from torchtitan.experiments.rl.unified.config.load import JobConfig
@@ -16,6 +18,7 @@ from torchtitan.experiments.rl.unified.controller.queue import Batch, Trajectory
 from torchtitan.experiments.rl.unified.errors import TrainerLost, WeightTransferError
 from torchtitan.experiments.rl.unified.messages import Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start
+from torchtitan.experiments.rl.unified.record.owner import owned
 from torchtitan.experiments.rl.unified.record.run import RunRecord, set_aside
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.task import Task
@@ -33,12 +36,16 @@ async def run_job(config: JobConfig, task: Task, evaluation: Evaluation) -> str:
         return f"no step was taken: {config.job.dump_folder} stands at its last step"
     if dropped := task.prompts.dropped:
         print(f"left out {dropped} prompts that are too long; {len(task.prompts.prompts)} are there to train on")
-    if aside := set_aside(config):
-        print(f"{config.job.dump_folder} holds an earlier run: moved to {aside}")
     # Monarch starts threads at import: only a job that can run gets that far.
     from torchtitan.experiments.rl.unified.controller.meshes import Meshes
 
-    async with Meshes(config) as meshes:
+    folder = Path(config.job.dump_folder)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(owned(folder))
+        if aside := set_aside(config):
+            print(f"{folder} holds an earlier run: moved to {aside}")
+            stack.enter_context(owned(folder))  # The other lock went with it.
+        meshes = await stack.enter_async_context(Meshes(config))
         for restart in range(config.supervision.max_restarts + 1):
             try:
                 return await attempt(config, meshes, task, evaluation)

@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_estimator
@@ -24,6 +25,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
 )
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
+from torchtitan.experiments.rl.unified.record.owner import check_free
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
@@ -82,6 +84,7 @@ def check(config: JobConfig) -> Job:
         estimate = passes(estimate_job)
     if checkpoint:
         passes(check_resume) and passes(check_settings)
+    passes(lambda job: check_free(Path(job.job.dump_folder)))
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)
