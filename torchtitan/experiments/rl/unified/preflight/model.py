@@ -7,7 +7,6 @@
 
 import logging
 import math
-from pathlib import Path
 
 import torch
 from torchtitan.experiments.rl.unified.config.load import JobConfig
@@ -48,27 +47,19 @@ def check_resume(config: JobConfig) -> None:
         ValueError: says which setting to change, or what differs.
     """
     settings = config.checkpoint
-    if not settings.enable:
-        return
-    if settings.async_mode == "async_with_pinned_mem" and this_device().in_host_memory:
+    if settings.async_mode == "async_with_pinned_mem" and settings.enable and this_device().in_host_memory:
         raise ValueError('[checkpoint] async_mode "async_with_pinned_mem" needs an accelerator; here use "async"')
     start = find_start(config)
     for note in start.notes:
         logger.warning(note)
-    path = start.saved.path if start.saved else settings.initial_load_path
-    if path is None:
-        return
-    if not Path(path).is_dir():
-        raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
-    model = model_of_job(config)
-    if not (Path(path) / ".metadata").exists():
+    if start.saved:
+        with torch.device("meta"):
+            check_model(start.saved.path, model_of_job(config).build())
+    elif settings.initial_load_path is not None:
         try:
-            check_weights(model, path)
+            check_weights(model_of_job(config), settings.initial_load_path)
         except ValueError as error:
             raise ValueError(f"[checkpoint] initial_load_path: {error}") from None
-        return
-    with torch.device("meta"):
-        check_model(Path(path), model.build())
 
 
 def check_vocabulary(config: JobConfig) -> None:
