@@ -11,6 +11,7 @@ Trainer and generator are processes of their own, as in a job: what one decides 
     python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
     python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; GPU
     python scripts/verify_parity.py --job.config_file X.toml the cases that need no other model, on a job's checkpoint
+    python scripts/verify_parity.py --model.hf_assets_path DIR                             the same, on any checkpoint
 
 A row counts sampled tokens; a mismatch is a token whose fp32 log-prob has other bits in the trainer than in the
 generator, or (in the rows "alone = ...") in another batch of the same generator. Exit status 1 with any mismatch.
@@ -31,14 +32,16 @@ from pathlib import Path
 import torch
 from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.config.sections import Sampling
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.families.qwen3 import TINY
+from torchtitan.experiments.rl.unified.families.tensors import check_weights
 from torchtitan.experiments.rl.unified.generator.generator import Generator
 from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory, WeightUpdate
+from torchtitan.experiments.rl.unified.preflight.model import model_of_job
 from torchtitan.experiments.rl.unified.trainer.packing import pack
 from torchtitan.experiments.rl.unified.trainer.parity import compare
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
@@ -370,29 +373,39 @@ def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: i
 
 def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path, engine: EngineProcess):
     """Builds the set-up and yields its rows."""
-    base = job or ["--job.config_file", str(TRAIN_CONFIGS / "debug_cpu.toml")]
-    flags = [*base, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
+    flags = [*job, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
     flags += ["--parity.check", "report", "--metrics.no-enable_tensorboard", "--job.dump_folder", str(folder / "out")]
     flags += ["--parallelism.data_parallel_replicate_degree", "1", "--checkpoint.no-enable"]
     flags += ["--training.mixed_precision_param", dtype]
     for key, value in {"training.seq_len": 1024, **setup.settings}.items():
         flags += [f"--{key}", str(value)]
-    vocab = 512
     if setup.model is not None:
         checkpoint = folder / f"{abs(hash((setup.name, mode, dtype))):x}"
         write_random_checkpoint(checkpoint, setup.model)
         flags += ["--model.hf_assets_path", str(checkpoint)]
-        vocab = setup.model["vocab_size"]
+    vocab = model_of_job(load_job_config(flags)).geometry.vocabulary
     pair = Pair(flags, engine)
     for case, report in setup.cases(pair, vocab):
         yield Row(mode, dtype, ": ".join(filter(None, (setup.name, case))), report)
     pair.close()
 
 
+def modes_of(config: JobConfig) -> list[str]:
+    """The modes that the family of the job's model has."""
+    policy = model_of_job(config)
+    with torch.device("meta"):
+        model = policy.build()
+    try:
+        policy.family.to_vllm_arithmetic(model)
+    except ValueError:
+        return ["unified"]
+    return ["unified", "vllm_compat"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases of each mode and dtype")
-    parser.add_argument("--modes", default="unified,vllm_compat", help="comma-separated")
+    parser.add_argument("--modes", default="", help="comma-separated; without it all that the model has")
     dtypes = "bfloat16" if torch.cuda.is_available() else "bfloat16,float32"
     parser.add_argument("--dtypes", default=dtypes, help="comma-separated; a GPU's attention has bfloat16 only")
     parser.add_argument("--flavor", help="a random model of this flavor of TorchTitan's Qwen3, instead of the matrix")
@@ -400,6 +413,16 @@ def main() -> int:
     args, job = parser.parse_known_args()
 
     prepare_environment()
+    try:
+        config = load_job_config(job)
+        check_weights(model_of_job(config), config.checkpoint.initial_load_path or config.model.hf_assets_path)
+        has = modes_of(config)
+        modes = args.modes.split(",") if args.modes else has
+        if odd := sorted(set(modes) - set(has)):
+            raise ValueError(f"--modes {','.join(odd)}: {config.model.hf_assets_path} runs in {', '.join(has)}")
+    except ValueError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 1
     engine = EngineProcess()
     # One process group of one rank, for all the trainers of this process.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -407,7 +430,7 @@ def main() -> int:
     start, rows = time.monotonic(), []
     print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")
     with tempfile.TemporaryDirectory() as folder:
-        for mode in args.modes.split(","):
+        for mode in modes:
             for dtype in args.dtypes.split(","):
                 matrix = setups(args.quick, own_checkpoint=bool(job))
                 for setup in [large_setup(args.flavor)] if args.flavor else matrix:

@@ -26,7 +26,9 @@ def parse_args(args: list[str]) -> argparse.Namespace:
     """The command line; every flag has a default that works offline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model-ckpt-path", default="tests/assets/qwen3_tiny", help="checkpoint directory, or a job's checkpoint/step-N"
+        "--model-ckpt-path",
+        default="tests/assets/qwen3_tiny",
+        help="checkpoint directory, or a job's checkpoint/step-N",
     )
     parser.add_argument(
         "--prompt",

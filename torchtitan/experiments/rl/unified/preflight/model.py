@@ -33,7 +33,8 @@ def check_checkpoint(config: JobConfig) -> None:
     """
     model, path = model_of_job(config), config.model.hf_assets_path
     check_weights(model, path)
-    if config.training.seq_len > (longest := read_config(path, model.family.model_types)["max_position_embeddings"]):
+    of_type = dict.fromkeys(model.family.model_types, model.family)
+    if config.training.seq_len > (longest := read_config(path, of_type)["max_position_embeddings"]):
         raise ValueError(
             f"[training] seq_len {config.training.seq_len} is beyond the context of the model in {path}: its "
             f"config.json has max_position_embeddings = {longest}"
