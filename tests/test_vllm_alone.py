@@ -16,15 +16,23 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import torch.distributed.checkpoint as torch_dcp
 from openai import OpenAI
-from torchtitan.experiments.rl.unified import infer
 from torchtitan.experiments.rl.unified.config.load import REPOSITORY
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
 from torchtitan.experiments.rl.unified.families.tensors import find_weights, load_matched
 
 TINY = REPOSITORY / "tests/assets/qwen3_tiny"
 QUESTION = "Ada has 12 eggs, buys 3 bags of 4 eggs and gives 5 to Ben. How many eggs does Ada have now?"
+# What infer.py writes to the question, of each checkpoint.
+INFER = """
+import json, sys
+from torchtitan.experiments.rl.unified import infer
+for path in sys.argv[2:]:
+    flags = ["--temperature", "0", "--prompt", sys.argv[1], "--model-ckpt-path", path]
+    print(json.dumps(infer.generate(infer.parse_args(flags))[1]))
+"""
 
 
 def saved_step(folder: Path) -> Path:
@@ -36,7 +44,11 @@ def saved_step(folder: Path) -> Path:
         .from_hf(dict(load_matched(*find_weights(policy, TINY))))
     )
     step = folder / "checkpoint/step-1"
-    torch_dcp.save({name: tensor * 1.05 for name, tensor in state.items()}, checkpoint_id=step, no_dist=True)
+    torch.manual_seed(0)
+    moved = {
+        name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items() if name != "output.weight"
+    }
+    torch_dcp.save(moved, checkpoint_id=step, no_dist=True)
     text = f'[checkpoint]\nfolder = "checkpoint"\n[model]\nhf_assets_path = "{TINY}"\n'
     (folder / "config.toml").write_text(text, encoding="utf-8")
     return step
@@ -56,6 +68,7 @@ def test_vllms_server_takes_a_saved_step_and_writes_what_infer_writes(tmp_path):
         "--host": "127.0.0.1",
         "--port": port,
         "--kv-cache-memory-bytes": 2**27,
+        "--distributed-executor-backend": "uni",  # A process fewer to wait for.
     }
     command = [
         sys.executable,
@@ -74,13 +87,11 @@ def test_vllms_server_takes_a_saved_step_and_writes_what_infer_writes(tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
-    flags = ["--temperature", "0", "--prompt", QUESTION, "--model-ckpt-path"]
-    texts = []
-    for path in (step, TINY):
-        done = subprocess.run(
-            [sys.executable, infer.__file__, *flags, path], capture_output=True, text=True, timeout=300
-        )
-        texts.append(done.stdout.partition("\nText: ")[2].removesuffix("\n"))
+    done = subprocess.run(
+        [sys.executable, "-c", INFER, QUESTION, step, TINY], capture_output=True, text=True, timeout=300
+    )
+    texts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
+    assert len(texts) == 2, done.stderr[-3000:]
     assert answer.choices[0].message.content == texts[0] != texts[1]
 
 
