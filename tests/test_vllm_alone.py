@@ -45,9 +45,7 @@ def saved_step(folder: Path) -> Path:
     )
     step = folder / "checkpoint/step-1"
     torch.manual_seed(0)
-    moved = {
-        name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items() if name != "output.weight"
-    }
+    moved = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items() if name != "output.weight"}
     torch_dcp.save(moved, checkpoint_id=step, no_dist=True)
     text = f'[checkpoint]\nfolder = "checkpoint"\n[model]\nhf_assets_path = "{TINY}"\n'
     (folder / "config.toml").write_text(text, encoding="utf-8")

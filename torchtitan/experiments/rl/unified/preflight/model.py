@@ -14,10 +14,11 @@ from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.checks import check_supported
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.families.hf_config import read_config
-from torchtitan.experiments.rl.unified.families.tensors import check_weights
+from torchtitan.experiments.rl.unified.families.tensors import check_weights, find_weights, load_matched
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
 
 logger = logging.getLogger(__name__)
+WEIGHTS_LOOKED_AT = 1 << 20
 
 
 def model_of_job(config: JobConfig) -> PolicyModel:
@@ -61,6 +62,26 @@ def check_resume(config: JobConfig) -> None:
             check_weights(model_of_job(config), settings.initial_load_path)
         except ValueError as error:
             raise ValueError(f"[checkpoint] initial_load_path: {error}") from None
+
+
+def lost_updates(config: JobConfig) -> list[str]:
+    """A warning where the learning rate moves hardly any weight: Adam's updates are of its size, and bf16 rounds."""
+    if config.training.dtype != "bfloat16":
+        return []
+    path = config.checkpoint.initial_load_path or config.model.hf_assets_path
+    checkpoint, names = find_weights(model_of_job(config), path)
+    every = max(1, sum(math.prod(checkpoint.tensors[name].shape) for name in names.values()) // WEIGHTS_LOOKED_AT)
+    weights = torch.cat([tensor.flatten()[::every].float() for _, tensor in load_matched(checkpoint, names)])
+    median = weights.abs().median().item()
+    # A bf16 has 8 bits of precision: half of the distance to the next one.
+    half_step = math.ldexp(1.0, math.frexp(median)[1] - 9)
+    if config.optimizer.lr >= half_step:
+        return []
+    return [
+        f"[optimizer] lr = {config.optimizer.lr:g} is below {half_step:.2g}, half of what tells the median weight "
+        f'({median:.2g}) from the next bf16: with [training] dtype = "bfloat16" most updates are rounded away; '
+        'dtype = "float32" with mixed_precision_param = "bfloat16" keeps them'
+    ]
 
 
 def check_vocabulary(config: JobConfig) -> None:
