@@ -355,6 +355,19 @@ def test_a_full_disk_stops_the_job_with_one_error(small_disk):
     assert "train_state.step" in read_metadata(small_disk / "run/checkpoint/step-1").state_dict_metadata
 
 
+def test_a_damaged_step_to_start_from_is_one_error_before_anything_is_spawned(tmp_path, capsys):
+    with RunRecord(job(tmp_path / "run")):  # Writes the run's config.toml.
+        step = write_checkpoint(tmp_path / "run", 2)
+    shard = step / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    flags = [f"--model.hf_assets_path={step}", f"--job.dump_folder={tmp_path / 'new'}"]
+    for flags in (flags, [*flags, "--checkpoint.enable"]):
+        assert simple_rl_multiprocess.main(flags) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: [checkpoint] initial_load_path: ") and "__0_0.distcp is truncated" in error
+    assert not (tmp_path / "new").exists()
+
+
 # Each argument is a checkpoint: what infer.py writes, and tokens with log-probs of an engine of its own.
 ENGINES = """
 import gc, json, sys
