@@ -251,14 +251,15 @@ def update_cases(pair: Pair, vocab: int, count: int, tokens: int, steps: int = 3
     yield f"after {steps} weight updates", pair.check(trajectories, threads=2)
 
 
-def plain_cases(tokens: int, count: int, lengths: list[int]):
-    """One batch, against the trainer and against another thread count."""
+def plain_cases(tokens: int, count: int, lengths: list[int], threads: tuple[int, ...] = (1,)):
+    """One batch of 2 threads, against the trainer's 1 and against other numbers of threads."""
 
     def cases(pair: Pair, vocab: int):
         requests = requests_of(lengths * count, vocab)
         trajectories = pair.sample(requests, tokens, threads=2)
         yield "", pair.check(trajectories)
-        yield "again, 1 thread", same(trajectories, pair.sample(requests, tokens))
+        for n in threads:
+            yield f"again, {n} thread{'s' * (n > 1)}", same(trajectories, pair.sample(requests, tokens, threads=n))
 
     return cases
 
@@ -297,9 +298,9 @@ def large_setup(flavor: str) -> Setup:
     )
 
 
-def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
-    """The matrix, for one mode and dtype."""
-    model = None if own_checkpoint else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
+def setups(quick: bool, context: int | None) -> list[Setup]:
+    """The matrix, for one mode and dtype: on the job's own checkpoint, with its context, or (None) on random models."""
+    model = None if context else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
     if quick:
         return [
             Setup(
@@ -344,8 +345,11 @@ def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
             lambda pair, vocab: preemption_cases(pair, vocab, 32, 100, 64),
         ),
     ]
-    if own_checkpoint:
-        return found
+    if context:
+        lengths = sorted({min(length, context - 32) for length in (64, 1000, 2000)})
+        settings = {"training.seq_len": lengths[-1] + 32, "generator.kv_cache_gib": 0.5}
+        name = f"contexts {', '.join(map(str, lengths))}"
+        return [*found, Setup(name, None, settings, plain_cases(32, 4, lengths, threads=(1, 8)))]
     for head_dim in (64, 128):
         for ratio in (1, 2, 4):
             shape = {**model, "head_dim": head_dim, "n_heads": 4, "n_kv_heads": 4 // ratio}
@@ -432,7 +436,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for mode in modes:
             for dtype in args.dtypes.split(","):
-                matrix = setups(args.quick, own_checkpoint=bool(job))
+                matrix = setups(args.quick, context=model_of_job(config).args.max_seq_len if job else None)
                 for setup in [large_setup(args.flavor)] if args.flavor else matrix:
                     for row in run(setup, mode, dtype, job, Path(folder), engine):
                         report = row.report

@@ -122,6 +122,8 @@ def saved_step(folder: Path, config: str | None) -> Path:
 UNFINDABLE = {
     "its run is gone": (None, "step-2 holds weights alone, and the config.toml of its run is not above it: put"),
     "another program's": ("[tool.black]\n", "the config.toml of its run is not above it"),
+    "another's, with like names": ("checkpoint = 3\n", "the config.toml of its run is not above it"),
+    "no text": ("[checkpoint]\nfolder = 3\n", "the config.toml of its run is not above it"),
     "no TOML": ("checkpoint", "the config.toml of its run is not above it"),
     "another folder's": ('[checkpoint]\nfolder = "saved"\n', "the config.toml of its run is not above it"),
     "its model is gone": (

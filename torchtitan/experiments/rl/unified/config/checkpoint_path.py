@@ -8,7 +8,6 @@
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[5]
 # From a folder of checkpoints, and from a run's.
@@ -42,8 +41,8 @@ def directory_of_model(weights: str) -> str:
     remedy = "put the model's config.json and tokenizer beside its .metadata"
     if (run := _run_of(folder)) is None:
         raise ValueError(f"{weights} holds weights alone, and the config.toml of its run is not above it: {remedy}")
-    named = _read(run / "config.toml").get("model", {}).get("hf_assets_path")
-    if not isinstance(named, str) or not (model := Path(resolve_path(named)) / "config.json").is_file():
+    named = _setting(run, "model", "hf_assets_path")
+    if named is None or not (model := Path(resolve_path(named)) / "config.json").is_file():
         raise ValueError(
             f"{weights} holds weights alone, and the model that its run's {run / 'config.toml'} names is not there "
             f"([model] hf_assets_path = {named!r}): {remedy}"
@@ -54,15 +53,16 @@ def directory_of_model(weights: str) -> str:
 def _run_of(step: Path) -> Path | None:
     """The folder of the run that saved its checkpoints above `step`."""
     for run in step.absolute().parents:
-        folder = _read(run / "config.toml").get("checkpoint", {}).get("folder")
-        if isinstance(folder, str) and step.absolute().is_relative_to(run / folder):
+        folder = _setting(run, "checkpoint", "folder")
+        if folder is not None and step.absolute().is_relative_to(run / folder):
             return run
     return None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """{} where there is no such file, or another program's."""
+def _setting(run: Path, section: str, key: str) -> str | None:
+    """What the config.toml of a run's folder says; None where there is none, or another program's."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        value = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))[section][key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) else None
