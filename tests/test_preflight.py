@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file, save_file
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, lost_updates
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_resume, lost_updates
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
@@ -51,6 +53,24 @@ def test_updates_that_bf16_rounds_away_are_a_warning(capsys):
     assert line.startswith("warning: [optimizer] lr = 1e-05 is below 0.00012, half of what tells the median weight (")
     assert not lost_updates(load_job_config([*BF16, "--optimizer.lr=0.000123"]))
     assert not lost_updates(load_job_config(["--optimizer.lr=1e-5", "--training.mixed_precision_param=bfloat16"]))
+
+
+def test_a_resume_does_not_miss_the_weights_that_its_run_began_with(tmp_path):
+    flags = [*BF16, f"--job.dump_folder={tmp_path}", "--checkpoint.enable", "--optimizer.lr=1e-5"]
+    config = load_job_config([*flags, "--checkpoint.initial_load_path=/gone"])
+    with pytest.raises(ValueError, match="initial_load_path: no checkpoint directory /gone"):
+        check_resume(config)
+    model = model_of_checkpoint(str(TINY.parent)).build()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.04)
+    state = {**model.state_dict(), "train_state": {"step": 2}}
+    torch_dcp.save(state, checkpoint_id=tmp_path / "checkpoint/step-2", no_dist=True)
+    check_resume(config)
+    assert len(lost_updates(config)) == 1
+    config.policy_loss.kl_weight = 0.1  # Its reference is read from there again.
+    with pytest.raises(ValueError, match="initial_load_path: no checkpoint directory /gone"):
+        check_resume(config)
 
 
 def test_half_a_step_is_what_bf16_rounds_by(tmp_path):

@@ -57,7 +57,8 @@ def check_resume(config: JobConfig) -> None:
     if start.saved:
         with torch.device("meta"):
             check_model(start.saved.path, model_of_job(config).build())
-    elif settings.initial_load_path is not None:
+    # The reference of a KL penalty is read from there again.
+    if settings.initial_load_path is not None and (config.policy_loss.kl_weight or not start.saved):
         try:
             check_weights(model_of_job(config), settings.initial_load_path)
         except ValueError as error:
@@ -68,7 +69,8 @@ def lost_updates(config: JobConfig) -> list[str]:
     """A warning where the learning rate moves hardly any weight: Adam's updates are of its size, and bf16 rounds."""
     if config.training.dtype != "bfloat16":
         return []
-    path = config.checkpoint.initial_load_path or config.model.hf_assets_path
+    saved = find_start(config).saved
+    path = saved.path if saved else config.checkpoint.initial_load_path or config.model.hf_assets_path
     checkpoint, names = find_weights(model_of_job(config), path)
     every = max(1, sum(math.prod(checkpoint.tensors[name].shape) for name in names.values()) // WEIGHTS_LOOKED_AT)
     weights = torch.cat([tensor.flatten()[::every].float() for _, tensor in load_matched(checkpoint, names)])
