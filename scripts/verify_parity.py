@@ -11,6 +11,7 @@ Trainer and generator are processes of their own, as in a job: what one decides 
     python scripts/verify_parity.py --quick                  a few cases of each mode and dtype, under a minute
     python scripts/verify_parity.py --flavor 0.6B            a random model of a flavor's shape, 100,000 tokens; GPU
     python scripts/verify_parity.py --job.config_file X.toml the cases that need no other model, on a job's checkpoint
+    python scripts/verify_parity.py --model.hf_assets_path DIR                             the same, on any checkpoint
 
 A row counts sampled tokens; a mismatch is a token whose fp32 log-prob has other bits in the trainer than in the
 generator, or (in the rows "alone = ...") in another batch of the same generator. Exit status 1 with any mismatch.
@@ -29,12 +30,15 @@ import torch
 from parity_pair import EngineProcess, ONE_RANK, Pair, set_num_threads
 from random_checkpoint import write_random_checkpoint
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import TRAIN_CONFIGS
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.families import policy_train_spec
 from torchtitan.experiments.rl.unified.families.qwen3 import TINY
+from torchtitan.experiments.rl.unified.families.tensors import check_weights
 from torchtitan.experiments.rl.unified.messages import completion_seed, ParityReport, Request, Trajectory
+from torchtitan.experiments.rl.unified.preflight.model import model_of_job
 from torchtitan.experiments.rl.unified.trainer.parity import compare
+
 
 @dataclass(frozen=True)
 class Row:
@@ -123,14 +127,15 @@ def update_cases(pair: Pair, vocab: int, count: int, tokens: int, steps: int = 3
     yield f"after {steps} weight updates", pair.check(trajectories, threads=2)
 
 
-def plain_cases(tokens: int, count: int, lengths: list[int]):
-    """One batch, against the trainer and against another thread count."""
+def plain_cases(tokens: int, count: int, lengths: list[int], threads: tuple[int, ...] = (1,)):
+    """One batch of 2 threads, against the trainer's 1 and against other numbers of threads."""
 
     def cases(pair: Pair, vocab: int):
         requests = requests_of(lengths * count, vocab)
         trajectories = pair.sample(requests, tokens, threads=2)
         yield "", pair.check(trajectories)
-        yield "again, 1 thread", same(trajectories, pair.sample(requests, tokens))
+        for n in threads:
+            yield f"again, {n} thread{'s' * (n > 1)}", same(trajectories, pair.sample(requests, tokens, threads=n))
 
     return cases
 
@@ -169,9 +174,9 @@ def large_setup(flavor: str) -> Setup:
     )
 
 
-def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
-    """The matrix, for one mode and dtype."""
-    model = None if own_checkpoint else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
+def setups(quick: bool, context: int | None) -> list[Setup]:
+    """The matrix, for one mode and dtype: on the job's own checkpoint, with its context, or (None) on random models."""
+    model = None if context else {"vocab_size": 512, "max_seq_len": 8192, "n_layers": 2}
     if quick:
         return [
             Setup(
@@ -216,8 +221,11 @@ def setups(quick: bool, own_checkpoint: bool) -> list[Setup]:
             lambda pair, vocab: preemption_cases(pair, vocab, 32, 100, 64),
         ),
     ]
-    if own_checkpoint:
-        return found
+    if context:
+        lengths = sorted({min(length, context - 32) for length in (64, 1000, 2000)})
+        settings = {"training.seq_len": lengths[-1] + 32, "generator.kv_cache_gib": 0.5}
+        name = f"contexts {', '.join(map(str, lengths))}"
+        return [*found, Setup(name, None, settings, plain_cases(32, 4, lengths, threads=(1, 8)))]
     for head_dim in (64, 128):
         for ratio in (1, 2, 4):
             shape = {**model, "head_dim": head_dim, "n_heads": 4, "n_kv_heads": 4 // ratio}
@@ -245,29 +253,39 @@ def preemption_cases(pair: Pair, vocab: int, count: int, longest: int, tokens: i
 
 def run(setup: Setup, mode: str, dtype: str, job: list[str], folder: Path, engine: EngineProcess):
     """Builds the set-up and yields its rows."""
-    base = job or ["--job.config_file", str(TRAIN_CONFIGS / "debug_cpu.toml")]
-    flags = [*base, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
+    flags = [*job, "--rl.mode", mode, "--generator.dtype", dtype, "--training.dtype", dtype]
     flags += ["--parity.check", "report", "--metrics.no-enable_tensorboard", "--job.dump_folder", str(folder / "out")]
     flags += ["--parallelism.data_parallel_replicate_degree", "1", "--checkpoint.no-enable"]
     flags += ["--training.mixed_precision_param", dtype]
     for key, value in {"training.seq_len": 1024, **setup.settings}.items():
         flags += [f"--{key}", str(value)]
-    vocab = 512
     if setup.model is not None:
         checkpoint = folder / f"{abs(hash((setup.name, mode, dtype))):x}"
         write_random_checkpoint(checkpoint, setup.model)
         flags += ["--model.hf_assets_path", str(checkpoint)]
-        vocab = setup.model["vocab_size"]
+    vocab = model_of_job(load_job_config(flags)).geometry.vocabulary
     pair = Pair(flags, engine)
     for case, report in setup.cases(pair, vocab):
         yield Row(mode, dtype, ": ".join(filter(None, (setup.name, case))), report)
     pair.close()
 
 
+def modes_of(config: JobConfig) -> list[str]:
+    """The modes that the family of the job's model has."""
+    policy = model_of_job(config)
+    with torch.device("meta"):
+        model = policy.build()
+    try:
+        policy.family.to_vllm_arithmetic(model)
+    except ValueError:
+        return ["unified"]
+    return ["unified", "vllm_compat"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases of each mode and dtype")
-    parser.add_argument("--modes", default="unified,vllm_compat", help="comma-separated")
+    parser.add_argument("--modes", default="", help="comma-separated; without it all that the model has")
     dtypes = "bfloat16" if torch.cuda.is_available() else "bfloat16,float32"
     parser.add_argument("--dtypes", default=dtypes, help="comma-separated; a GPU's attention has bfloat16 only")
     parser.add_argument("--flavor", help="a random model of this flavor of TorchTitan's Qwen3, instead of the matrix")
@@ -275,6 +293,16 @@ def main() -> int:
     args, job = parser.parse_known_args()
 
     prepare_environment()
+    try:
+        config = load_job_config(job)
+        check_weights(model_of_job(config), config.checkpoint.initial_load_path or config.model.hf_assets_path)
+        has = modes_of(config)
+        modes = args.modes.split(",") if args.modes else has
+        if odd := sorted(set(modes) - set(has)):
+            raise ValueError(f"--modes {','.join(odd)}: {config.model.hf_assets_path} runs in {', '.join(has)}")
+    except ValueError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 1
     engine = EngineProcess()
     # One process group of one rank, for all the trainers of this process.
     os.environ |= ONE_RANK
@@ -282,9 +310,9 @@ def main() -> int:
     start, rows = time.monotonic(), []
     print(f"{'mode':12} {'dtype':9} {'tokens':>8} {'mismatches':>10} {'largest':>9}  case")
     with tempfile.TemporaryDirectory() as folder:
-        for mode in args.modes.split(","):
+        for mode in modes:
             for dtype in args.dtypes.split(","):
-                matrix = setups(args.quick, own_checkpoint=bool(job))
+                matrix = setups(args.quick, context=model_of_job(config).args.max_seq_len if job else None)
                 for setup in [large_setup(args.flavor)] if args.flavor else matrix:
                     for row in run(setup, mode, dtype, job, Path(folder), engine):
                         report = row.report

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -23,9 +23,11 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_co
 from torchtitan.experiments.rl.unified.dcp import read_metadata
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import CheckpointError
-from torchtitan.experiments.rl.unified.families import policy_train_spec
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint, policy_train_spec
+from torchtitan.experiments.rl.unified.families.files import load_tensors, read_checkpoint
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder
+from torchtitan.experiments.rl.unified.record.run import RunRecord
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny"
 FULL = ["--checkpoint.enable", "--checkpoint.no-last_save_model_only", "--evaluation.interval", "0"]
@@ -125,7 +127,7 @@ REFUSED = {
     "one checkpoint": (["--checkpoint.keep_latest_k", "1"], "keep_latest_k = 1, but it must be 0 or at least 2"),
     "no interval": (["--checkpoint.interval", "0"], "interval = 0, but it must be at least 1"),
     "export of everything": (["--checkpoint.last_save_in_hf", "--checkpoint.no-last_save_model_only"], "weights alone"),
-    "no such start": (["--checkpoint.initial_load_path", "/no/such"], "there is no directory /no/such"),
+    "no such start": (["--checkpoint.initial_load_path", "/no/such"], "no checkpoint directory /no/such"),
 }
 
 
@@ -351,3 +353,71 @@ def test_a_full_disk_stops_the_job_with_one_error(small_disk):
     assert "the checkpoint of step 2 could not be saved" in error and "no space left on the disk" in error
     assert [saved.step for saved in list_saved(small_disk / "run/checkpoint")] == [1]
     assert "train_state.step" in read_metadata(small_disk / "run/checkpoint/step-1").state_dict_metadata
+
+
+def test_a_damaged_step_to_start_from_is_one_error_before_anything_is_spawned(tmp_path, capsys):
+    with RunRecord(job(tmp_path / "run")):  # Writes the run's config.toml.
+        step = write_checkpoint(tmp_path / "run", 2)
+    shard = step / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    flags = [f"--model.hf_assets_path={step}", f"--job.dump_folder={tmp_path / 'new'}"]
+    for flags in (flags, [*flags, "--checkpoint.enable"]):
+        assert simple_rl_multiprocess.main(flags) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: [checkpoint] initial_load_path: ") and "__0_0.distcp is truncated" in error
+    assert not (tmp_path / "new").exists()
+
+
+# Each argument is a checkpoint: what infer.py writes, and tokens with log-probs of an engine of its own.
+ENGINES = """
+import gc, json, sys
+from torchtitan.experiments.rl.unified import infer
+from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.generator.engine import build_engine
+
+prepare_environment()
+for path in sys.argv[1:]:
+    text = infer.generate(infer.parse_args(["--model-ckpt-path", path, "--temperature", "0"]))[1]
+    gc.collect()
+    engine = build_engine(
+        directory_of_model(path), weights=path, mode="unified", model_name="", flavor="", max_model_len=128,
+        tensor_parallel_degree=1, batch_invariant=True, dtype="float32", kv_cache_memory_bytes=2**26, block_size=32,
+    )
+    from vllm import SamplingParams, TokensPrompt
+    sampling = [SamplingParams(max_tokens=24, seed=seed, logprobs=0) for seed in range(4)]
+    prompts = [TokensPrompt(prompt_token_ids=[5 + 7 * seed, 6, 9]) for seed in range(4)]
+    found = [one.outputs[0] for one in engine.generate(prompts, sampling, use_tqdm=False)]
+    logprobs = [[step[i].logprob for step, i in zip(one.logprobs, one.token_ids)] for one in found]
+    print("FOUND", json.dumps([text, [one.text for one in found], logprobs]))
+    del engine
+    gc.collect()
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_step_four_shards_and_torchtitans_names_are_one_model_by_their_path_alone(trainer, tmp_path):
+    with RunRecord(job(tmp_path / "run", *EACH_STEP)):  # Writes the run's config.toml.
+        take_steps(trainer(tmp_path / "run", *EACH_STEP), 1)
+    step, shards, titan = tmp_path / "run/checkpoint/step-1", tmp_path / "shards", tmp_path / "titan"
+    state = dict(load_tensors(read_checkpoint(step)))
+    for folder in (shards, titan):
+        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(state, titan / "weights.safetensors")
+    model = model_of_checkpoint(str(TINY))
+    named = sorted(model.train_spec().state_dict_adapter(model.args, None).to_hf(state).items())
+    places = {name: f"model-{number % 4}.safetensors" for number, (name, _) in enumerate(named)}
+    for file in set(places.values()):
+        save_file({name: tensor.clone() for name, tensor in named if places[name] == file}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for form in (step, shards, titan):
+        policy = trainer(tmp_path / f"from {form.name}", f"--model.hf_assets_path={form}")
+        weights = dict(policy.policy_weights(torch.float32))
+        assert weights.keys() == state.keys() - {"output.weight"}  # One with the embedding.
+        assert all(torch.equal(each, state[name]) for name, each in weights.items())
+        policy.close()
+    paths = [str(form) for form in (step, shards, titan, TINY)]
+    done = subprocess.run([sys.executable, "-c", ENGINES, *paths], capture_output=True, text=True, timeout=300)
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == 4, done.stderr[-2000:]
+    assert found[0] == found[1] == found[2] != found[3]

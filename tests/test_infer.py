@@ -109,6 +109,47 @@ def test_a_checkpoint_is_looked_at_alike_by_every_command_before_anything_starts
     assert not (tmp_path / "out").exists()
 
 
+def saved_step(folder: Path, config: str | None) -> Path:
+    """What a job leaves behind, as far as it is looked at."""
+    step = folder / "run/checkpoint/step-2"
+    step.mkdir(parents=True)
+    (step / ".metadata").write_bytes(b"")
+    if config is not None:
+        (folder / "run/config.toml").write_text(config, encoding="utf-8")
+    return step
+
+
+UNFINDABLE = {
+    "its run is gone": (None, "step-2 holds weights alone, and the config.toml of its run is not above it: put"),
+    "another program's": ("[tool.black]\n", "the config.toml of its run is not above it"),
+    "another's, with like names": ("checkpoint = 3\n", "the config.toml of its run is not above it"),
+    "no text": ("[checkpoint]\nfolder = 3\n", "the config.toml of its run is not above it"),
+    "no TOML": ("checkpoint", "the config.toml of its run is not above it"),
+    "another folder's": ('[checkpoint]\nfolder = "saved"\n', "the config.toml of its run is not above it"),
+    "its model is gone": (
+        '[checkpoint]\nfolder = "checkpoint"\n[model]\nhf_assets_path = "/no/such"\n',
+        "config.toml names is not there ([model] hf_assets_path = '/no/such'): put the model's config.json and",
+    ),
+    "names no model": ('[checkpoint]\nfolder = "checkpoint"\n', "([model] hf_assets_path = None)"),
+    "a run, not a step": (None, "run is no checkpoint, but holds some: take one of them, such as "),
+    "no checkpoint": (None, "No checkpoint here: "),
+}
+
+
+@pytest.mark.parametrize("case", UNFINDABLE)
+def test_weights_whose_model_is_not_found_are_one_error_of_every_command(case, tmp_path, capsys):
+    config, complaint = UNFINDABLE[case]
+    path = saved_step(tmp_path, config)
+    path = {"a run, not a step": path.parents[1], "no checkpoint": path.parent}.get(case, path)
+    if case == "no checkpoint":
+        shutil.rmtree(path / "step-2")
+    for command, flag in ((infer.main, "--model-ckpt-path"), (simple_rl_multiprocess.main, "--model.hf_assets_path")):
+        assert command([flag, str(path)]) == 1
+        errors = capsys.readouterr().err.splitlines()
+        assert errors[0].startswith("error: ") and complaint in errors[0]
+        assert len(errors) == 1 or case == "no checkpoint", errors
+
+
 def test_the_weights_own_dtype_is_computed_in_unless_another_is_asked_for():
     checkpoint = str(Path(__file__).parent / "assets/qwen3_tiny")
     model = model_of_checkpoint(checkpoint)

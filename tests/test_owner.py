@@ -39,7 +39,7 @@ def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         for attempt in (check_free, lambda folder: owned(folder).__enter__()):
-            with pytest.raises(ValueError, match=rf"{folder} is in use by process {holder.pid} on .*another --job.dump"):
+            with pytest.raises(ValueError, match=rf"{folder} is in use by process {holder.pid} on .*another --job"):
                 attempt(folder)
         holder.kill()
     check_free(folder)
@@ -66,7 +66,8 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_who_does_not_end_is_ended():
-    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as deaf:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", DEAF], **pipes, text=True) as deaf:
         assert deaf.stdout.readline() == "here\n"
         deaf.send_signal(signal.SIGTERM)
         _, errors = deaf.communicate(timeout=30)

@@ -6,11 +6,17 @@
 """What is refused because it cannot be computed batch-invariantly, and what allows it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from safetensors.torch import load_file, save_file
+from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
+from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_resume, lost_updates
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
@@ -36,6 +42,52 @@ def test_experts_run_in_unified_mode_and_not_spread_over_ranks(tmp_path):
     degrees = ["--parallelism.tensor_parallel_degree=2", "--generator.tensor_parallel_degree=2"]
     with pytest.raises(ValueError, match="a mixture of experts is not spread over ranks here; use 1, or FSDP"):
         check_arithmetic(of_shape(tmp_path, *degrees, **moe))
+
+
+BF16 = ["--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16", "--generator.dtype=bfloat16"]
+
+
+def test_updates_that_bf16_rounds_away_are_a_warning(capsys):
+    assert simple_rl_multiprocess.main(["--dry_run", *BF16, "--optimizer.lr=1e-5"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "lr" in line]
+    assert line.startswith("warning: [optimizer] lr = 1e-05 is below 0.00012, half of what tells the median weight (")
+    assert not lost_updates(load_job_config([*BF16, "--optimizer.lr=0.000123"]))
+    assert not lost_updates(load_job_config(["--optimizer.lr=1e-5", "--training.mixed_precision_param=bfloat16"]))
+
+
+def test_a_resume_does_not_miss_the_weights_that_its_run_began_with(tmp_path):
+    flags = [*BF16, f"--job.dump_folder={tmp_path}", "--checkpoint.enable", "--optimizer.lr=1e-5"]
+    config = load_job_config([*flags, "--checkpoint.initial_load_path=/gone"])
+    with pytest.raises(ValueError, match="initial_load_path: no checkpoint directory /gone"):
+        check_resume(config)
+    model = model_of_checkpoint(str(TINY.parent)).build()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.04)
+    state = {**model.state_dict(), "train_state": {"step": 2}}
+    torch_dcp.save(state, checkpoint_id=tmp_path / "checkpoint/step-2", no_dist=True)
+    check_resume(config)
+    assert len(lost_updates(config)) == 1
+    config.policy_loss.kl_weight = 0.1  # Its reference is read from there again.
+    with pytest.raises(ValueError, match="initial_load_path: no checkpoint directory /gone"):
+        check_resume(config)
+
+
+def test_half_a_step_is_what_bf16_rounds_by(tmp_path):
+    """With every weight the same: an update of half a step or more moves it, a smaller one does not."""
+    for file in TINY.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    for weight in (1.0, 0.75, 0.0078125, 1.9):
+        state = load_file(TINY.parent / "model.safetensors")
+        save_file(
+            {name: torch.full_like(tensor, weight) for name, tensor in state.items()}, tmp_path / "model.safetensors"
+        )
+        rounded = torch.tensor(weight).bfloat16()
+        for factor in (0.9, 1.1):
+            lr = factor * (torch.nextafter(rounded, torch.tensor(9.0).bfloat16()) - rounded).item() / 2
+            moves = (rounded.float() + lr).bfloat16() != rounded
+            config = load_job_config([*BF16, f"--model.hf_assets_path={tmp_path}", f"--optimizer.lr={lr}"])
+            assert bool(lost_updates(config)) == (not moves) == (factor < 1), (weight, factor)
 
 
 def test_llama_has_no_pair_in_vllm_compat(tmp_path):

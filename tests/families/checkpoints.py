@@ -19,7 +19,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         intermediate_size=352, tie_word_embeddings=False, **_COMMON,
     ),
     "llama": LlamaConfig(
-        hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, intermediate_size=520,
+        # SmolLM2's heads: threads divide its rotation where a vector is not at its end.
+        hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=2, intermediate_size=520,
         tie_word_embeddings=True, rms_norm_eps=1e-5,
         rope_parameters={
             "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,

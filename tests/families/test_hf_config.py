@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchtitan.experiments.rl.unified.families import model_of_checkpoint
+from torchtitan.experiments.rl.unified.families import families, model_of_checkpoint
 from torchtitan.experiments.rl.unified.families.hf_config import read_config
 from transformers import CONFIG_MAPPING
 
@@ -94,6 +94,7 @@ FIELDS = {
     },
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OF_TYPE = {kind: each for each in families().values() for kind in each.model_types}
 BASE = {"qwen3": {}, "llama": {"head_dim": None}, "qwen3_moe": MOE}
 CASES = [
     pytest.param(model_type, field, value, complaint, id=f"{model_type}-{field}-{value}")
@@ -194,9 +195,9 @@ def test_transformers_takes_the_inner_theta(tmp_path):
     """What the comparison above rests on: the two thetas give other logits."""
     write(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     edit(tmp_path, rope_theta=9.0)
-    assert read_config(tmp_path, FIELDS)["rope_theta"] == 500.0
+    assert read_config(tmp_path, OF_TYPE)["rope_theta"] == 500.0
     edit(tmp_path, rope_parameters=None)
-    assert read_config(tmp_path, FIELDS)["rope_theta"] == 9.0
+    assert read_config(tmp_path, OF_TYPE)["rope_theta"] == 9.0
 
 
 @pytest.mark.parametrize(
@@ -215,19 +216,19 @@ def test_transformers_takes_the_inner_theta(tmp_path):
 def test_what_is_no_config_is_one_error(tmp_path, content, complaint):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError) as raised:
-        read_config(tmp_path, FIELDS)
+        read_config(tmp_path, OF_TYPE)
     assert complaint in str(raised.value) and "\n" not in str(raised.value)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="No checkpoint here: .*config.json does not exist"):
-        read_config(tmp_path, FIELDS)
+        read_config(tmp_path, OF_TYPE)
 
 
 def test_values_are_transformers(tmp_path):
     write(tmp_path, "llama", rope_parameters=LLAMA3, eos_token_id=[2, 3], dtype="bfloat16")
-    config = read_config(tmp_path, FIELDS)
+    config = read_config(tmp_path, OF_TYPE)
     assert config["rope_scaling"] == {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
     assert config["rope_theta"] == 10000.0 and config["dtype"] is torch.bfloat16 and config["eos_token_id"] == [2, 3]
     file = tmp_path / "config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({name: value for name, value in raw.items() if name != "head_dim"}), encoding="utf-8")
-    assert read_config(tmp_path, FIELDS)["head_dim"] == 64 // 4
+    assert read_config(tmp_path, OF_TYPE)["head_dim"] == 64 // 4

@@ -14,8 +14,8 @@ import functools
 import sys
 
 import torch
+from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import resolve_path
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
@@ -25,7 +25,11 @@ from torchtitan.experiments.rl.unified.families.tensors import check_weights
 def parse_args(args: list[str]) -> argparse.Namespace:
     """The command line; every flag has a default that works offline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-ckpt-path", default="tests/assets/qwen3_tiny", help="directory in Hugging Face layout")
+    parser.add_argument(
+        "--model-ckpt-path",
+        default="tests/assets/qwen3_tiny",
+        help="checkpoint directory, or a job's checkpoint/step-N",
+    )
     parser.add_argument(
         "--prompt",
         default="Ada has 12 eggs, buys 3 bags of 4 eggs and gives 5 to Ben. How many eggs does Ada have now?",
@@ -48,9 +52,10 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         ValueError: for a checkpoint that is not there, not whole or of no model that runs here, or a prompt that does
             not fit.
     """
-    checkpoint = resolve_path(args.model_ckpt_path)
+    weights = resolve_path(args.model_ckpt_path)
+    checkpoint = directory_of_model(weights)
     model = model_of_checkpoint(checkpoint)
-    dtype = _dtype(args.dtype, model, check_weights(model, checkpoint))
+    dtype = _dtype(args.dtype, model, check_weights(model, weights))
     context, kv_heads = model.args.max_seq_len, model.geometry.kv_heads
     if args.tensor_parallel_size < 1 or kv_heads % args.tensor_parallel_size:
         raise ValueError(
@@ -81,6 +86,7 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
 
     engine = build_engine(
         checkpoint,
+        weights=weights,
         mode="unified",
         model_name="",
         flavor="",

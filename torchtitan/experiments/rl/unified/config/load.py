@@ -15,20 +15,17 @@ from torchtitan.config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Model as TitanModel
 
 from . import sections
+from .checkpoint_path import directory_of_model, REPOSITORY, resolve_path
 from .parse import parse
 from .schema import build, keys_of
 
 MODULE = "torchtitan.experiments.rl.unified.config.load"
-
-
-REPOSITORY = Path(__file__).resolve().parents[5]
-
-
 TRAIN_CONFIGS = Path(__file__).resolve().parents[1] / "train_configs"
-
-
 # Keys that name something to read, which resolve_path looks for.
-PATHS = (("model", "hf_assets_path"), ("training", "dataset_path"), ("evaluation", "dataset_path"))
+PATHS = (
+    *(("model", "hf_assets_path"), ("checkpoint", "initial_load_path")),
+    *(("training", "dataset_path"), ("evaluation", "dataset_path")),
+)
 
 
 @dataclass
@@ -46,6 +43,9 @@ class JobConfig(sections.Sections, TitanJobConfig):
 def load_job_config(args: list[str]) -> JobConfig:
     """Reads the TOML file that `args` names (debug_cpu.toml without one) and the command line's overrides.
 
+    A `[model] hf_assets_path` that holds weights alone becomes the directory of their model; they are where the job
+    then starts from.
+
     Args:
         args: command line: `--job.config_file X.toml`, `--section.key value`.
 
@@ -61,6 +61,10 @@ def load_job_config(args: list[str]) -> JobConfig:
     for section, key in PATHS:
         if path := getattr(getattr(config, section), key):
             setattr(getattr(config, section), key, resolve_path(path))
+    weights = config.model.hf_assets_path
+    if weights and (model := directory_of_model(weights)) != weights:
+        config.model.hf_assets_path = model
+        config.checkpoint.initial_load_path = config.checkpoint.initial_load_path or weights
     return config
 
 
@@ -79,13 +83,6 @@ def write_toml(config: JobConfig, path: Path) -> None:
     Paths inside this repository are written relative to its top, so that the file serves another clone.
     """
     path.write_text(tomli_w.dumps(toml_values(config)), encoding="utf-8")
-
-
-def resolve_path(path: str) -> str:
-    """Absolute `path`; a relative one that is not below the working directory is looked for in the repository."""
-    path = os.path.expanduser(path)
-    in_repository = REPOSITORY / path
-    return os.path.abspath(path if os.path.exists(path) or not in_repository.exists() else in_repository)
 
 
 def _without_none(value: Any) -> Any:

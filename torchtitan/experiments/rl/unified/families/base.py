@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,21 @@ _SMALL = {
 }
 
 
+@dataclass(frozen=True)
+class OwnFields:
+    """What the config.json of a model_type has, and not that of every other.
+
+    Attributes:
+        sizes: whole numbers from 1 on.
+        others: fields of other kinds.
+        rope_scalings: how its RoPE may be scaled -> the parameters that say how far.
+    """
+
+    sizes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    rope_scalings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 class Family(ABC):
     """Models of one architecture: a file of this package with a FAMILY.
 
@@ -66,10 +81,12 @@ class Family(ABC):
     Attributes:
         name: of the TrainSpec, and of the file.
         model_types: in config.json.
+        own_fields: of a model_type that has some.
     """
 
     name: str
     model_types: tuple[str, ...]
+    own_fields: Mapping[str, OwnFields] = {}
 
     @abstractmethod
     def upstream_spec(self) -> TrainSpec:

@@ -7,11 +7,12 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchtitan.experiments.rl.unified.families.base import Family, OwnFields
 from torchtitan.experiments.rl.unified.families.files import check_directory
 
 __all__ = ["read_config"]
@@ -26,11 +27,9 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_SIZES_OF = {"qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")}
 # Without these transformers would take another model's.
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _USED = ("model_type", "rms_norm_eps", "tie_word_embeddings", "dtype", "eos_token_id")
-_USED_OF = {"qwen3_moe": ("norm_topk_prob", "mlp_only_layers")}
 # Looked at on their own below.
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 # The only value that models here have; a config may leave them out.
@@ -84,18 +83,14 @@ _WITHOUT_EFFECT = {
     "unsloth_fixed",
     "unsloth_version",
 }
-# RoPE's scaling that a model_type has here -> the keys that say how it scales.
-_ROPE_SCALING = {
-    "llama": {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")},
-}
 
 
-def read_config(path: str | Path, model_types: Iterable[str]) -> dict[str, Any]:
+def read_config(path: str | Path, model_types: Mapping[str, Family]) -> dict[str, Any]:
     """The fields of `path`/config.json that make the model, with transformers' defaults for those it leaves out.
 
     Args:
         path: the checkpoint directory.
-        model_types: that can be run here.
+        model_types: that can be run here, each with its family.
 
     Returns:
         config.json's names and transformers' values; `dtype` as torch's (None if nothing says it), `eos_token_id` as a
@@ -116,7 +111,8 @@ def read_config(path: str | Path, model_types: Iterable[str]) -> dict[str, Any]:
     try:
         if missing := [name for name in _NEEDED if raw.get(name) is None]:
             raise ValueError(f"it lacks {', '.join(missing)}: is it complete?")
-        return _checked(raw, _through_transformers(path))
+        own = model_types[model_type].own_fields.get(model_type, OwnFields())
+        return _checked(raw, _through_transformers(path), own)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -145,12 +141,11 @@ def _through_transformers(path: str | Path) -> Any:
         ) from None
 
 
-def _checked(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+def _checked(raw: dict[str, Any], config: Any, own: OwnFields) -> dict[str, Any]:
     """The fields that are used, each held against what it can be."""
     from transformers import GenerationConfig
 
-    kind = raw["model_type"]
-    sizes, used = _SIZES + _SIZES_OF.get(kind, ()), _USED + _USED_OF.get(kind, ())
+    kind, sizes, used = raw["model_type"], _SIZES + own.sizes, _USED + own.others
     # transformers leaves sampling settings in a config.json unread, and so does vLLM as it is started here.
     known = {*sizes, *used, "torch_dtype", "pad_token_id", "num_local_experts", *_ROPE, *_FIXED, *_WITHOUT_EFFECT}
     known |= {*GenerationConfig._get_default_generation_params()}
@@ -166,7 +161,7 @@ def _checked(raw: dict[str, Any], config: Any) -> dict[str, Any]:
         raise ValueError(f"layer_types has {odd[0]!r}: every layer here attends to all that came before")
     fields = {name: getattr(config, name) for name in sizes + used if hasattr(config, name)}
     for name in sizes:
-        # Llama 2 and older configs leave it to transformers, which leaves Qwen3 MoE's to the model.
+        # Llama 2 and older configs leave it to transformers, which leaves that of experts to the model.
         if fields.get(name) is None and name == "head_dim":
             fields[name] = fields["hidden_size"] // fields["num_attention_heads"]
         if type(fields[name]) is not int or fields[name] < 1:
@@ -184,17 +179,17 @@ def _checked(raw: dict[str, Any], config: Any) -> dict[str, Any]:
     fields["eos_token_id"] = _ids("eos_token_id", fields["eos_token_id"], fields["vocab_size"])
     if (pad := config.pad_token_id) is not None and pad >= fields["vocab_size"]:
         raise ValueError(f"pad_token_id = {pad}: the vocabulary has {fields['vocab_size']} tokens")
-    if kind == "qwen3_moe":
+    if "num_experts" in fields:
         _check_experts(fields)
-    return fields | _rope(raw, config.rope_parameters)
+    return fields | _rope(raw, config.rope_parameters, own)
 
 
-def _rope(raw: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+def _rope(raw: dict[str, Any], rope: dict[str, Any], own: OwnFields) -> dict[str, Any]:
     """`rope_theta`, `rope_type` and `rope_scaling` of transformers' rope_parameters."""
     given = [raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
     if len(given) == 2 and given[0] != given[1]:
         raise ValueError("rope_parameters and rope_scaling differ: delete the one that is not meant")
-    kind, scalings = rope["rope_type"], {"default": (), **_ROPE_SCALING.get(raw["model_type"], {})}
+    kind, scalings = rope["rope_type"], {"default": (), **own.rope_scalings}
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError("rope_parameters differ by layer: models here have one RoPE")
     if kind not in scalings or rope.get("type", kind) != kind:

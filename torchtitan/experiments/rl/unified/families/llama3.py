@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, required
+from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, OwnFields, required
 from torchtitan.models.attention import VarlenMetadata
 from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Attention, Transformer
@@ -122,6 +122,7 @@ class Llama3(Family):
 
     name = "llama3"
     model_types = ("llama",)
+    own_fields = {"llama": OwnFields(rope_scalings={"llama3": tuple(_SCALING)})}
 
     def upstream_spec(self) -> TrainSpec:
         spec = get_train_spec("llama3")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from torchtitan.experiments.rl.unified.devices import device_of
-from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, required
+from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, OwnFields, required
 from torchtitan.experiments.rl.unified.families.moe import check_moe, make_row_invariant
 from torchtitan.experiments.rl.unified.families.tensor_parallel import dense_block_plan, heads_norm_plan
 from torchtitan.experiments.rl.unified.families.vllm_arithmetic import (
@@ -80,6 +80,12 @@ class Qwen3(Family):
 
     name = "qwen3"
     model_types = ("qwen3", "qwen3_moe")
+    own_fields = {
+        "qwen3_moe": OwnFields(
+            sizes=("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+            others=("norm_topk_prob", "mlp_only_layers"),
+        )
+    }
 
     def upstream_spec(self) -> TrainSpec:
         spec = get_train_spec("qwen3")

@@ -45,11 +45,13 @@ def build_engine(
     num_threads: int = 0,
     attention_backend: str = "FLASH_ATTN",
     cuda_graphs: bool = True,
+    weights: str = "",
     **engine_args: Any,
 ) -> "LLM":
-    """A vLLM engine that runs the policy in `checkpoint`, a directory in Hugging Face layout.
+    """A vLLM engine that runs the policy in `checkpoint`, a directory with config.json and tokenizer.
 
-    `attention_backend` and `cuda_graphs` are for GPUs; a CPU has one backend and no graphs.
+    `attention_backend` and `cuda_graphs` are for GPUs; a CPU has one backend and no graphs. `weights` is the directory
+    that the weights lie in, if it is another; in "unified" alone.
     """
     prepare_process(tensor_parallel_degree, batch_invariant, num_threads)
     from vllm import LLM
@@ -61,7 +63,7 @@ def build_engine(
     return LLM(
         checkpoint,
         hf_overrides={"architectures": [architecture(mode, model.family.name)]},
-        additional_config={"torchtitan": {"name": model_name, "flavor": flavor}},
+        additional_config={"torchtitan": {"name": model_name, "flavor": flavor, "weights": weights}},
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_degree,
         logprobs_mode="processed_logprobs",

@@ -34,15 +34,16 @@ class TorchTitanForCausalLM(nn.Module):
 
     Args:
         vllm_config: vLLM's configuration; `additional_config["torchtitan"]` may hold `name` and `flavor` of the model,
-            which its config.json says otherwise.
+            which its config.json says otherwise, and `weights`, the directory of those, if it is another.
         prefix: vLLM's module prefix; empty for a top-level model.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        choice = vllm_config.additional_config.get("torchtitan", {})
-        self.policy = policy = model_of_checkpoint(vllm_config.model_config.model, **choice)
-        self.checkpoint = vllm_config.model_config.model
+        directory = vllm_config.model_config.model
+        choice = dict(vllm_config.additional_config.get("torchtitan", {}))
+        self.checkpoint = choice.pop("weights", "") or directory
+        self.policy = policy = model_of_checkpoint(directory, **choice)
         with set_default_dtype(vllm_config.model_config.dtype):
             self.model = policy.build(vllm_config.model_config.max_model_len)
         self.adapter = policy.train_spec().state_dict_adapter(policy.args, None)

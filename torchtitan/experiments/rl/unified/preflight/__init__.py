@@ -21,6 +21,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
     check_checkpoint,
     check_resume,
     check_vocabulary,
+    lost_updates,
     model_of_job,
 )
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
@@ -103,7 +104,8 @@ def check(config: JobConfig) -> Job:
             if part:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    return Job(config, task, evaluation, [*warnings(config), *changed_settings(config), *estimate.warnings()])
+    said = [*warnings(config), *lost_updates(config), *changed_settings(config), *estimate.warnings()]
+    return Job(config, task, evaluation, said)
 
 
 def _read_rows(config: JobConfig) -> None:

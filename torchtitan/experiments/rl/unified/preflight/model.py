@@ -7,7 +7,6 @@
 
 import logging
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,11 +16,12 @@ from torchtitan.experiments.rl.unified.devices.attention import to_packed
 from torchtitan.experiments.rl.unified.devices.checks import check_operations
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.families.hf_config import read_config
-from torchtitan.experiments.rl.unified.families.tensors import check_weights
+from torchtitan.experiments.rl.unified.families.tensors import check_weights, find_weights, load_matched
 from torchtitan.experiments.rl.unified.record.checkpoints import check_model, find_start
 from torchtitan.models.attention import VarlenMetadata
 
 logger = logging.getLogger(__name__)
+WEIGHTS_LOOKED_AT = 1 << 20
 
 
 def model_of_job(config: JobConfig) -> PolicyModel:
@@ -37,7 +37,8 @@ def check_checkpoint(config: JobConfig) -> None:
     """
     model, path = model_of_job(config), config.model.hf_assets_path
     check_weights(model, path)
-    if config.training.seq_len > (longest := read_config(path, model.family.model_types)["max_position_embeddings"]):
+    of_type = dict.fromkeys(model.family.model_types, model.family)
+    if config.training.seq_len > (longest := read_config(path, of_type)["max_position_embeddings"]):
         raise ValueError(
             f"[training] seq_len {config.training.seq_len} is beyond the context of the model in {path}: its "
             f"config.json has max_position_embeddings = {longest}"
@@ -51,27 +52,41 @@ def check_resume(config: JobConfig) -> None:
         ValueError: says which setting to change, or what differs.
     """
     settings = config.checkpoint
-    if not settings.enable:
-        return
-    if settings.async_mode == "async_with_pinned_mem" and this_device().in_host_memory:
+    if settings.async_mode == "async_with_pinned_mem" and settings.enable and this_device().in_host_memory:
         raise ValueError('[checkpoint] async_mode "async_with_pinned_mem" needs an accelerator; here use "async"')
     start = find_start(config)
     for note in start.notes:
         logger.warning(note)
-    path = start.saved.path if start.saved else settings.initial_load_path
-    if path is None:
-        return
-    if not Path(path).is_dir():
-        raise ValueError(f"[checkpoint] initial_load_path: there is no directory {path}")
-    model = model_of_job(config)
-    if not (Path(path) / ".metadata").exists():
+    if start.saved:
+        with torch.device("meta"):
+            check_model(start.saved.path, model_of_job(config).build())
+    # The reference of a KL penalty is read from there again.
+    if settings.initial_load_path is not None and (config.policy_loss.kl_weight or not start.saved):
         try:
-            check_weights(model, path)
+            check_weights(model_of_job(config), settings.initial_load_path)
         except ValueError as error:
             raise ValueError(f"[checkpoint] initial_load_path: {error}") from None
-        return
-    with torch.device("meta"):
-        check_model(Path(path), model.build())
+
+
+def lost_updates(config: JobConfig) -> list[str]:
+    """A warning where the learning rate moves hardly any weight: Adam's updates are of its size, and bf16 rounds."""
+    if config.training.dtype != "bfloat16":
+        return []
+    saved = find_start(config).saved
+    path = saved.path if saved else config.checkpoint.initial_load_path or config.model.hf_assets_path
+    checkpoint, names = find_weights(model_of_job(config), path)
+    every = max(1, sum(math.prod(checkpoint.tensors[name].shape) for name in names.values()) // WEIGHTS_LOOKED_AT)
+    weights = torch.cat([tensor.flatten()[::every].float() for _, tensor in load_matched(checkpoint, names)])
+    median = weights.abs().median().item()
+    # A bf16 has 8 bits of precision: half of the distance to the next one.
+    half_step = math.ldexp(1.0, math.frexp(median)[1] - 9)
+    if config.optimizer.lr >= half_step:
+        return []
+    return [
+        f"[optimizer] lr = {config.optimizer.lr:g} is below {half_step:.2g}, half of what tells the median weight "
+        f'({median:.2g}) from the next bf16: with [training] dtype = "bfloat16" most updates are rounded away; '
+        'dtype = "float32" with mixed_precision_param = "bfloat16" keeps them'
+    ]
 
 
 def check_vocabulary(config: JobConfig) -> None:

@@ -57,7 +57,8 @@ def write_provenance(config: JobConfig, path: Path, first_step: int) -> None:
             "seeds": {"debug.seed": config.debug.seed, "debug.deterministic": config.debug.deterministic},
         }
     )
-    files = sha256(file for file in Path(config.model.hf_assets_path).iterdir() if file.is_file())
+    folders = filter(None, (config.model.hf_assets_path, config.checkpoint.initial_load_path))
+    files = sha256(file for folder in folders for file in Path(folder).glob("*") if file.is_file())
     path.write_text(json.dumps({"checkpoint": files, "starts": starts}, indent=1) + "\n")
 
 

@@ -105,13 +105,15 @@ class RunRecord:
         )
         names = ("mismatched_tokens", "tokens_compared", "tokens_sampled", "tokens_unverifiable")
         mismatched, compared, sampled, unverifiable = (sum(m.get(name, 0) for m in self.history) for name in names)
+        changed = [share for m in self.history if (share := m.get("weights_changed")) is not None]
+        moved = f"weights  {sum(changed) / len(changed):.1%} of the generator's changed a step\n" if changed else ""
         gone = f"; of {unverifiable} the weights were gone after a resume" if unverifiable else ""
         return (
             f"{len(self.history)} steps in {sum(m['seconds'] for m in self.history):.0f} s\n"
             f"reward   {first:.3f} (mean of the first 10 steps) -> {last:.3f} (last 10)\n"
             f"parity   {mismatched} sampled tokens differ between generator and trainer, compared {compared} of "
             f"{sampled}{gone}\n"
-            f"{self._held_out()}"
+            f"{self._held_out()}{moved}"
             f"outputs  {self.folder}: report.html, metrics.jsonl, samples.jsonl, config.toml, tb/"
         )
 
