@@ -132,7 +132,8 @@ def first_difference(trainer: Trace, generator: Trace, counterpart: Callable[[st
         name = f"{what} of {module}" if what == "output" else f"{what} in {module}"
         differ = [row for row in common if rows[row] != other[row]]
         if differ:
-            ours, theirs = (", ".join(t.operations.get(m, [])) for t, m in ((trainer, module), (generator, counterpart(module))))
+            sides = (trainer, module), (generator, counterpart(module))
+            ours, theirs = (", ".join(trace.operations.get(where, [])) for trace, where in sides)
             inside = f" (trainer: {ours or 'other modules'}; generator: {theirs or 'other modules'})"
             name += inside if what == "output" else ""
             return f"{name}, {len(differ)} of {len(common)} tokens; the last equal one before it: {before}", differ[0]
