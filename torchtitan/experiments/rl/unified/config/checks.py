@@ -5,6 +5,7 @@
 
 """What contradicts itself among the keys of a job config, or cannot teach the policy anything. Loads no torch."""
 
+import datetime
 import os
 from collections.abc import Callable, Iterator, Set
 from importlib.util import find_spec
@@ -77,6 +78,13 @@ def _room(config: Any) -> Iterator[str]:
 def _stop(config: Any) -> Iterator[str]:
     if "" in config.sampling.stop:
         yield "[sampling] stop has an empty string, which every completion would end at: leave it out"
+
+
+def _date(config: Any) -> Iterator[str]:
+    try:
+        datetime.date.fromisoformat(config.data.date or "2000-01-01")
+    except ValueError as error:
+        yield f'[data] date = {config.data.date!r}: {error}; a day is written "{datetime.date.today()}"'
 
 
 def _learnable(config: Any) -> Iterator[str]:
@@ -201,6 +209,7 @@ CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
     _batch: ("rl.prompts_per_step", "rl.group_size", "parallelism.data_parallel"),
     _room: ("training.seq_len", "sampling.max_tokens"),
     _stop: ("sampling.stop",),
+    _date: ("data.date",),
     _learnable: ("rl.group_size", "sampling.temperature", "sampling.top_k"),
     _rewards: ("reward.weights",),
     _evaluation: ("evaluation", "training.dataset_path"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.preflight.model import model_of_job
-from torchtitan.experiments.rl.unified.rollout.chat import check_tokenizer, check_turn_end
+from torchtitan.experiments.rl.unified.rollout.chat import check_stop, check_tokenizer, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import check_ids
 from torchtitan.experiments.rl.unified.rollout.task import Task
 
@@ -19,7 +19,8 @@ _TEXTS = 20
 
 
 def check_tokens(config: JobConfig, task: Task) -> None:
-    """The job's prompts are tokens of the model, read as tokenizer.json says, and what ends a turn ends a completion.
+    """The job's prompts are tokens of the model, read as tokenizer.json says; stop strings can come up, and what ends a
+    turn ends a completion.
 
     Raises:
         ValueError: says which does not hold, and for which row.
@@ -30,6 +31,7 @@ def check_tokens(config: JobConfig, task: Task) -> None:
     check_ids(prompts, model_of_job(config).geometry.vocabulary)
     tokenizer = AutoTokenizer.from_pretrained(path)
     check_tokenizer(tokenizer, path, [prompt.text for prompt in prompts[:_TEXTS]])
+    check_stop(tokenizer, config.sampling.stop, config.sampling.special_tokens_in_text)
     check_turn_end(tokenizer, end_ids(path), config.sampling.stop)
 
 

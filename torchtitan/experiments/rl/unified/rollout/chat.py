@@ -6,6 +6,7 @@
 """Conversations to tokens by a checkpoint's chat template, and what template and tokenizer can be wrong about."""
 
 import ctypes
+import datetime
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -23,8 +24,6 @@ RENDER_SECONDS = 5.0
 # Marks in the text of a row where a special token is cut in two. Of the private use area: no text has it.
 _CUT = "\ue9d3"
 
-Messages = Sequence[dict[str, str]]
-
 
 class ChatTemplate:
     """A tokenizer's chat template with its arguments.
@@ -34,6 +33,7 @@ class ChatTemplate:
         arguments: more of its arguments, such as Qwen3's ``enable_thinking``.
         system_prompt: a system message to put before each conversation; empty: none.
         special_tokens_in_text: a special token's name in a row is the token, not text.
+        date: the day, in ISO format, that the template gets when it asks for today's; empty: one that asks is refused.
 
     Raises:
         ValueError: no template, or it does not read one of the arguments.
@@ -45,8 +45,11 @@ class ChatTemplate:
         arguments: dict[str, Any],
         system_prompt: str = "",
         special_tokens_in_text: bool = False,
+        date: str = "",
     ) -> None:
-        self.tokenizer, self.arguments, self.system_prompt = tokenizer, arguments, system_prompt
+        self.tokenizer, self.system_prompt, self.date = tokenizer, system_prompt, date
+        # transformers gives a template the clock under this name.
+        self.arguments = {"strftime_now": self._strftime_now, **arguments}
         if not tokenizer.chat_template:
             raise ValueError(f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template.")
         names = [] if special_tokens_in_text else special_tokens(tokenizer)
@@ -108,6 +111,14 @@ class ChatTemplate:
                 raise ValueError(f"it leaves out the {message['role']}'s message {ascii(message['content'][:60])}")
         return text
 
+    def _strftime_now(self, form: str) -> str:
+        if not self.date:
+            raise ValueError(
+                "it asks for today's date, and would make other prompts tomorrow: say which it is to write, [data] date "
+                f'= "{datetime.date.today()}"'
+            )
+        return datetime.datetime.fromisoformat(self.date).strftime(form)
+
     def _cut(self, text: str) -> str:
         return self._special.sub(lambda name: f"{name[0][0]}{_CUT}{name[0][1:]}", text)
 
@@ -116,6 +127,22 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The names of `tokenizer`'s special tokens."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+
+
+def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_tokens_in_text: bool) -> None:
+    """Each of the strings that end a completion can come up in its text, or is a special token.
+
+    Raises:
+        ValueError: one has a special token's name in it, which is left out of the text.
+    """
+    names = special_tokens(tokenizer)
+    for text in stop:
+        held = [name for name in names if name in text and name != text]
+        if held and text not in names and not special_tokens_in_text:
+            raise ValueError(
+                f"[sampling] stop {text!r} would never come up: {held[0]!r} in it is a special token, which the text of "
+                f"a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at {held[0]!r} alone"
+            )
 
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], stop: Sequence[str] = ()) -> None:
