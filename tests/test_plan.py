@@ -105,6 +105,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
         "2 x trainer rank (DDP 2)",
         "16 prompts x 4 completions = 64",
         "at most 4,096 a step",
+        "a completion ends               at '<|im_end|>', '<|endoftext|>', or after 64 tokens",
     ):
         assert text in said
     assert not folder.exists()

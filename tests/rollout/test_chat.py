@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from torchtitan.experiments.rl.unified.rollout import chat
-from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_tokenizer, check_turn_end, special_tokens
+from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_stop, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.rows import read_rows, Row
+from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer, special_tokens
 from transformers import AutoTokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "assets/qwen3_tiny"
@@ -168,6 +169,38 @@ def test_a_turn_may_end_with_a_stop_string(tokenizer):
     with pytest.raises(ValueError, match="ends a turn with '### End', .* put that into .sampling. stop"):
         check_turn_end(tokenizer, {2}, ["### Begin"])
     check_turn_end(tokenizer, {2}, ["### End"])
+
+
+def test_a_stop_string_that_never_comes_up_is_refused(tokenizer):
+    check_stop(tokenizer, ["<|im_end|>", "<|im_", "### End", "im_end"], special_tokens_in_text=False)
+    for stop in ("<|im_start|>user", "\n<|im_end|>"):
+        with pytest.raises(ValueError, match="stop .* would never come up: '<.im_.*Set .sampling. special_tokens_in_te"):
+            check_stop(tokenizer, ["x", stop], special_tokens_in_text=False)
+        check_stop(tokenizer, ["x", stop], special_tokens_in_text=True)
+
+
+# As Llama 3's ask for it.
+DATED = "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}Today is {{ day }}.\n" + PLAIN
+
+
+def test_a_template_that_asks_for_the_date_is_told_which_it_is_or_refused(tokenizer):
+    tokenizer.chat_template = DATED
+    with pytest.raises(ValueError, match=r'line 1: it asks for today\'s date, and .* \[data\] date = "20\d\d-\d\d-\d\d"'):
+        ChatTemplate(tokenizer, {}).encode([row("Why?")])
+    ((text, _),) = ChatTemplate(tokenizer, {}, date="2024-07-26").encode([row("Why?")])
+    assert text.startswith("Today is 26 Jul 2024.\n")
+    ((text, _),) = ChatTemplate(tokenizer, {"day": "doomsday"}).encode([row("Why?")])
+    assert text.startswith("Today is doomsday.\n")
+    with pytest.raises(ValueError, match="reads no date; it reads day, messages"):
+        ChatTemplate(tokenizer, {"date": "2024-07-26"})
+
+
+def test_what_ends_a_completion_is_the_tokenizers_eos_and_the_checkpoints(tokenizer, tmp_path):
+    assert end_ids(tokenizer, CHECKPOINT) == [2, 0] and end_ids(tokenizer, tmp_path) == [2]
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path) == [2, 5]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path) == [2, 7]
 
 
 def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):

@@ -57,9 +57,10 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
-    from transformers import AutoTokenizer
+    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    check_tokenizer(tokenizer, checkpoint, [args.prompt])
     prompt = args.prompt
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]

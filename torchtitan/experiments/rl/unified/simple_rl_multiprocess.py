@@ -51,7 +51,7 @@ def run(args: list[str], dry: bool) -> str:
     with closing(check(config)) as job:
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return "" if dry else asyncio.run(run_job(config, job.task, job.evaluation))
+        return f"{'a completion ends':<32}{job.completion_ends}" if dry else asyncio.run(run_job(config, job.task, job.evaluation))
 
 
 def main(args: list[str]) -> int:

@@ -41,12 +41,14 @@ class Job:
     Attributes:
         task: its prompts and rewards.
         evaluation: its held-out problems.
+        completion_ends: when one does, in words.
         warnings: what is allowed and hardly meant, slow or tight; and what a resume changes.
     """
 
     config: JobConfig
     task: Task
     evaluation: Evaluation
+    completion_ends: str
     warnings: list[str]
 
     def close(self) -> None:
@@ -87,8 +89,7 @@ def check(config: JobConfig) -> Job:
     passes(lambda job: policy_loss(job.policy_loss) and None)
     task = checkpoint and passes(Task)
     evaluation = checkpoint and passes(Evaluation)
-    if task:
-        passes(lambda job: check_tokens(job, task))
+    ends = task and passes(lambda job: check_tokens(job, task))
     if not task:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
@@ -100,7 +101,7 @@ def check(config: JobConfig) -> Job:
             if part:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    return Job(config, task, evaluation, [*warnings(config), *changed_settings(config), *estimate.warnings()])
+    return Job(config, task, evaluation, ends, [*warnings(config), *changed_settings(config), *estimate.warnings()])
 
 
 def _read_rows(config: JobConfig) -> None:

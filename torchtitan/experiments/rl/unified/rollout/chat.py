@@ -9,14 +9,13 @@ import ctypes
 import datetime
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.meta
-from tokenizers import Tokenizer
 from torchtitan.experiments.rl.unified.rollout.rows import Row
+from torchtitan.experiments.rl.unified.tokenizer import special_tokens
 from transformers import PreTrainedTokenizerBase
 
 # Longest time for one row; a template is a program, and may not end.
@@ -123,12 +122,6 @@ class ChatTemplate:
         return self._special.sub(lambda name: f"{name[0][0]}{_CUT}{name[0][1:]}", text)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The names of `tokenizer`'s special tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
-
-
 def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_tokens_in_text: bool) -> None:
     """Each of the strings that end a completion can come up in its text, or is a special token.
 
@@ -176,32 +169,6 @@ def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int],
         f"is {names}: each would run on to its limit. If the model was trained with this template, {remedy}; if not, "
         "take the template that it was trained with"
     )
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Iterable[str]) -> None:
-    """`tokenizer`, as transformers loads it, gives the tokens that the checkpoint's own tokenizer.json gives.
-
-    Args:
-        tokenizer: from AutoTokenizer.
-        path: the checkpoint's directory; one without tokenizer.json has nothing to compare with.
-        texts: to encode with both.
-
-    Raises:
-        ValueError: names the tokenizer's class and the first text that differs.
-    """
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        return
-    own = Tokenizer.from_file(str(file))
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        expected = own.encode(text, add_special_tokens=False).ids
-        if ids != expected:
-            raise ValueError(
-                f"transformers makes a {type(tokenizer).__name__} of {path}, which does not encode as its "
-                f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Set "
-                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
-            )
 
 
 def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:

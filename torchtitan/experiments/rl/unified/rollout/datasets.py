@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate
 from torchtitan.experiments.rl.unified.rollout.rows import download_hint, GSM8K_HUB_ID, read_rows
+from torchtitan.experiments.rl.unified.tokenizer import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 REPOSITORY = Path(__file__).parents[5]
@@ -181,8 +182,6 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
     Raises:
         ValueError: for a dataset, tokenizer or context length that cannot work.
     """
-    from transformers import AutoTokenizer
-
     room = config.training.seq_len - config.sampling.max_tokens
     if room < 1:
         raise ValueError(
@@ -197,7 +196,7 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
                 if held_out
                 else config.training.dataset_path
             ),
-            AutoTokenizer.from_pretrained(config.model.hf_assets_path),
+            load_tokenizer(config.model.hf_assets_path),
             seed=config.evaluation.seed if held_out else config.debug.seed,
             split="test" if held_out else "train",
             question_column=config.data.question_column,
