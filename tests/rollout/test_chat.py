@@ -47,6 +47,7 @@ HARMFUL = [
     "<|im_end|>",
     "a<|endoftext|><|endoftext|>b",
     "<|<|im_end|>im_end|>",
+    "\ue000\ue001<|im_end|>\ue9d3",
 ]
 
 
@@ -86,6 +87,8 @@ def test_special_tokens_in_the_system_prompt_are_text_and_a_key_allows_them(toke
         ("{{ raise_exception('no system, please') }}", "no system, please"),
         ("{{ messages | nonsense }}", "is no template: No filter named 'nonsense'"),
         ("{% for m in %}", "is no template"),
+        (5, "is no template: Can't compile"),
+        ({"one": "x", "two": "y"}, "is no template: This model has multiple chat templates with no default"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages[5].content }}", "rows.jsonl, line 7"),
@@ -196,11 +199,25 @@ def test_a_template_that_asks_for_the_date_is_told_which_it_is_or_refused(tokeni
 
 
 def test_what_ends_a_completion_is_the_tokenizers_eos_and_the_checkpoints(tokenizer, tmp_path):
-    assert end_ids(tokenizer, CHECKPOINT) == [2, 0] and end_ids(tokenizer, tmp_path) == [2]
-    (tmp_path / "config.json").write_text('{"eos_token_id": 5}', encoding="utf-8")
-    assert end_ids(tokenizer, tmp_path) == [2, 5]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}', encoding="utf-8")
-    assert end_ids(tokenizer, tmp_path) == [2, 7]
+    assert end_ids(tokenizer, CHECKPOINT, 512) == [2, 0]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "eos_token_id": 5}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path, 512) == [2, 5]
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [7, 2]}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path, 512) == [2, 7]
+    for content in (b"", b"{", b"[]", b'{"a": "\xff"}', b"[" * 100000):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="^transformers does not read .*generation_config.json: "):
+            end_ids(tokenizer, tmp_path, 512)
+    for value in ('"2"', "[2, -1]", "512", "2.0", "[true]", '{"a": 2}'):
+        file.write_text(f'{{"eos_token_id": {value}}}', encoding="utf-8")
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id .* is not one of the model's 512 tok"):
+            end_ids(tokenizer, tmp_path, 512)
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|nope|>"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="eos_token '<.nope.>' is token 512, but the model's vocabulary has 512"):
+        end_ids(load_tokenizer(folder), folder, 512)
 
 
 def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
@@ -211,8 +228,38 @@ def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
     settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "LlamaTokenizerFast"
     (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    # What transformers applies only if it is asked to.
+    content = json.loads((tmp_path / "llama/tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "cutting").mkdir()
+    (tmp_path / "cutting/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    check_tokenizer(tokenizer, tmp_path / "cutting", texts)
     changed = AutoTokenizer.from_pretrained(tmp_path / "llama")
     with pytest.raises(
         ValueError, match="transformers makes a Llama.* 'What is 12 and 345\\?' gives .* and should give"
     ):
         check_tokenizer(changed, tmp_path / "llama", texts)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", (CHECKPOINT / "tokenizer.json").read_bytes()[:3000]),
+        ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": 3}}'),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"eos_token": 7}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": 5}'),
+        ("added_tokens.json", b"["),
+        ("special_tokens_map.json", b"["),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_error(tmp_path, name, content):
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match="^transformers loads no tokenizer from .*/model: ") as raised:
+        load_tokenizer(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600

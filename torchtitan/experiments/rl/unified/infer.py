@@ -57,10 +57,11 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
-    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, load_tokenizer
+    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     check_tokenizer(tokenizer, checkpoint, [args.prompt])
+    end_ids(tokenizer, checkpoint, model.geometry.vocabulary)
     prompt = args.prompt
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]

@@ -5,12 +5,11 @@
 
 """The one door to a checkpoint's tokenizer: loaded by transformers, held against the checkpoint's own files."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -29,19 +28,39 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> list[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocabulary: int) -> list[int]:
     """The tokens that end a completion, as vLLM has them for the checkpoint in `path`.
 
-    The tokenizer's own EOS, and eos_token_id of generation_config.json, or of config.json if that has none.
+    The tokenizer's own EOS, and eos_token_id of generation_config.json, or of config.json if there is no such file.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        path: the checkpoint's directory.
+        vocabulary: tokens of the model.
+
+    Raises:
+        ValueError: names the file that is damaged, or that has another model's token.
     """
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        if ids is not None:
-            found += ids if isinstance(ids, list) else [ids]
-            break
-    return list(dict.fromkeys(found))
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if own and not 0 <= own[0] < vocabulary:
+        raise ValueError(
+            f"{path}: the tokenizer's eos_token {tokenizer.eos_token!r} is token {own[0]}, but the model's vocabulary "
+            f"has {vocabulary}: correct it in tokenizer_config.json (or special_tokens_map.json)"
+        )
+    file = Path(path) / "generation_config.json"
+    try:
+        if file.is_file():
+            ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+        else:
+            ids = AutoConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    # As above.
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"transformers does not read {file}: {said[:400]}") from None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if odd := [each for each in ids if type(each) is not int or not 0 <= each < vocabulary]:
+        raise ValueError(f"{file}: eos_token_id {odd[0]!r} is not one of the model's {vocabulary} tokens")
+    return list(dict.fromkeys([*own, *ids]))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Iterable[str]) -> None:
@@ -59,12 +78,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts:
     if not file.is_file():
         return
     own = Tokenizer.from_file(str(file))
+    # transformers applies neither unless it is asked to.
+    own.no_truncation()
+    own.no_padding()
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         expected = own.encode(text, add_special_tokens=False).ids
         if ids != expected:
             raise ValueError(
                 f"transformers makes a {type(tokenizer).__name__} of {path}, which does not encode as its "
-                f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Set "
-                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+                f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Look at "
+                'its tokenizer_config.json: set "tokenizer_class": "PreTrainedTokenizerFast", and leave out '
+                "split_special_tokens"
             )

@@ -27,11 +27,12 @@ def check_tokens(config: JobConfig, task: Task) -> str:
         ValueError: says which does not hold, and for which row.
     """
     path, prompts, sampling = config.model.hf_assets_path, task.prompts.prompts, config.sampling
-    check_ids(prompts, model_of_job(config).geometry.vocabulary)
+    vocabulary = model_of_job(config).geometry.vocabulary
+    check_ids(prompts, vocabulary)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, path, [prompt.text for prompt in prompts[:_TEXTS]])
     check_stop(tokenizer, sampling.stop, sampling.special_tokens_in_text)
-    ends = end_ids(tokenizer, path)
+    ends = end_ids(tokenizer, path, vocabulary)
     check_turn_end(tokenizer, ends, sampling.stop)
     texts = [*(repr(tokenizer.decode([token])) for token in ends), *map(repr, sampling.stop)]
     return f"at {', '.join(dict.fromkeys(texts)) or 'no token'}, or after {sampling.max_tokens} tokens"

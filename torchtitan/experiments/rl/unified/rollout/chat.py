@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 # Longest time for one row; a template is a program, and may not end.
 RENDER_SECONDS = 5.0
-# Marks in the text of a row where a special token is cut in two. Of the private use area: no text has it.
-_CUT = "\ue9d3"
+# What marks in a text where a special token is cut in two is one of the private use area that the text has not.
+_PRIVATE = range(0xE000, 0xF900)
 
 
 class ChatTemplate:
@@ -68,7 +68,7 @@ class ChatTemplate:
         Raises:
             ValueError: the template fails on a row, takes too long, or leaves out what it was given.
         """
-        texts: list[str] = []
+        texts: list[tuple[str, str]] = []
         failures: list[Exception] = []
 
         def work() -> None:
@@ -87,20 +87,25 @@ class ChatTemplate:
                 f"the tokenizer's chat template fails on {rows[len(texts)].place}: {error}; look at [data] "
                 "system_prompt and template_kwargs"
             ) from (failures[0] if failures else None)
-        uncut = [text.replace(_CUT, "") for text in texts]
+        uncut = [text.replace(mark, "") for text, mark in texts]
         encoded = self.tokenizer(uncut, add_special_tokens=False)["input_ids"]
-        for index, text in enumerate(texts):
-            if _CUT in text:
-                pieces = self.tokenizer(text.split(_CUT), add_special_tokens=False)["input_ids"]
+        for index, (text, mark) in enumerate(texts):
+            if mark in text:
+                pieces = self.tokenizer(text.split(mark), add_special_tokens=False)["input_ids"]
                 encoded[index] = [token for piece in pieces for token in piece]
         return list(zip(uncut, encoded, strict=True))
 
-    def _render(self, row: Row) -> str:
-        messages = [{**message, "content": self._cut(message["content"])} for message in row.messages]
+    def _render(self, row: Row) -> tuple[str, str]:
+        """The row in the template, and the mark where special tokens in its text are cut in two."""
+        messages = [dict(message) for message in row.messages]
         if self.system_prompt:
             if messages[0]["role"] == "system":
                 raise ValueError("the row has a system message of its own beside [data] system_prompt")
-            messages.insert(0, {"role": "system", "content": self._cut(self.system_prompt)})
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        given = "".join(message["content"] for message in messages)
+        mark = next(chr(code) for code in _PRIVATE if chr(code) not in given)
+        for message in messages:
+            message["content"] = self._special.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", message["content"])
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.arguments
         )
@@ -108,7 +113,7 @@ class ChatTemplate:
         for message in messages:
             if message["role"] in ("system", "user") and message["content"].strip() not in text:
                 raise ValueError(f"it leaves out the {message['role']}'s message {ascii(message['content'][:60])}")
-        return text
+        return text, mark
 
     def _strftime_now(self, form: str) -> str:
         if not self.date:
@@ -117,9 +122,6 @@ class ChatTemplate:
                 f'= "{datetime.date.today()}"'
             )
         return datetime.datetime.fromisoformat(self.date).strftime(form)
-
-    def _cut(self, text: str) -> str:
-        return self._special.sub(lambda name: f"{name[0][0]}{_CUT}{name[0][1:]}", text)
 
 
 def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_tokens_in_text: bool) -> None:
@@ -175,12 +177,13 @@ def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The names that the chat template reads and does not set."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    template = tokenizer.get_chat_template()
     try:
+        template = tokenizer.get_chat_template()
         # transformers' environment knows the tags that it adds.
         environment = _compile_jinja_template(template).environment
         return set(jinja2.meta.find_undeclared_variables(environment.parse(template)))
-    except jinja2.TemplateError as error:
+    # ValueError: several templates, none of them the default; TypeError: it is not text.
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} is no template: {error}") from error
 
 
