@@ -6,11 +6,14 @@
 """Chat templates and tokenizers: what is encoded, and what is refused."""
 
 import json
+import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from torchtitan.experiments.rl.unified.rollout import chat
 from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_stop, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import QA_DATASETS
@@ -263,3 +266,55 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path, name, content):
     with pytest.raises(ValueError, match="^transformers loads no tokenizer from .*/model: ") as raised:
         load_tokenizer(folder)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+VALUES = [0, 1, -1, 2, 7, 1e30, None, True, False, "", "x", [], {}, [1], {"a": 1}, 0.5, "<|im_end|>"]
+
+
+def change_a_value(content: Any, rng: random.Random) -> None:
+    """Drops or replaces one value somewhere in parsed JSON."""
+    keys = sorted(content) if isinstance(content, dict) else range(len(content))
+    key = rng.choice([k for k in keys if k != "continuing_subword_prefix"])  # Of this one tokenizers' Rust may abort.
+    if isinstance(content[key], (dict, list)) and content[key] and rng.random() < 0.8:
+        change_a_value(content[key], rng)
+    elif rng.random() < 0.3:
+        del content[key]
+    else:
+        content[key] = rng.choice(VALUES)
+
+
+def mutate(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["drop", "cut", "flip", "value", "value", "value"])
+    if kind == "drop":
+        file.unlink()
+    elif kind == "value":
+        parsed = json.loads(content)
+        change_a_value(parsed, rng)
+        file.write_text(json.dumps(parsed), encoding="utf-8")
+    else:
+        place = rng.randrange(len(content))
+        content[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(content[:place] if kind == "cut" else content)
+
+
+def test_300_mutated_tokenizers_encode_as_their_files_say_or_are_one_error(tmp_path):
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    accepted = refused = 0
+    for number in range(300):
+        rng = random.Random(number)
+        for name in (*names, "config.json"):
+            shutil.copy(CHECKPOINT / name, tmp_path / name)
+        mutate(tmp_path / rng.choice(names), rng)
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+            ((text, ids),) = ChatTemplate(tokenizer, {}, "Be brief.").encode([row("What is 12 and 345?")])
+            check_tokenizer(tokenizer, tmp_path, [text])
+            check_turn_end(tokenizer, ends := end_ids(tokenizer, tmp_path, 512))
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, (number, str(error))
+            refused += 1
+        else:
+            assert ids == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids and 2 in ends, number
+            accepted += 1
+    assert accepted + refused == 300 and 60 < accepted < 150
