@@ -134,6 +134,8 @@ def test_an_argument_that_the_template_does_not_read_is_refused(tokenizer, templ
     else:
         with pytest.raises(ValueError, match="reads no enable_thinking; it reads messages"):
             ChatTemplate(tokenizer, {"enable_thinking": False})
+        with pytest.raises(ValueError, match="template_kwargs: messages is what the job itself sets"):
+            ChatTemplate(tokenizer, {"messages": "x"})
 
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):

@@ -7,6 +7,7 @@
 
 import datetime
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Set
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,28 @@ def cores_of(text: str) -> list[int]:
             raise ValueError(f"there is no core {last or first}")
         cores += range(int(first), int(last or first) + 1)
     return cores
+
+
+def not_writable(folder: str | Path) -> str:
+    """Why `folder`, which need not be there yet, cannot be written in; empty: it can. Leaves nothing behind."""
+    folder = Path(folder).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".probe"):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written in: {existing}: {error.strerror}"
+
+
+def _outputs(config: Any) -> Iterator[str]:
+    if not config.job.dump_folder:
+        yield '[job] dump_folder is empty: name a folder for what the run leaves, such as "outputs/first"'
+    elif problem := not_writable(config.job.dump_folder):
+        yield f"[job] dump_folder {problem}"
+    for section, key in (("checkpoint", "folder"), ("metrics", "save_tb_folder"), ("comm", "save_traces_folder")):
+        name = Path(getattr(getattr(config, section), key))
+        if name.is_absolute() or not name.parts or ".." in name.parts:
+            yield f"[{section}] {key} = {str(name)!r}: it must be the name of a folder inside of [job] dump_folder"
 
 
 def _batch(config: Any) -> Iterator[str]:
@@ -206,6 +229,7 @@ def _wandb(config: Any) -> Iterator[str]:
 
 # The keys and sections that each of them reads.
 CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
+    _outputs: ("job.dump_folder", "checkpoint.folder", "metrics.save_tb_folder", "comm.save_traces_folder"),
     _batch: ("rl.prompts_per_step", "rl.group_size", "parallelism.data_parallel"),
     _room: ("training.seq_len", "sampling.max_tokens"),
     _stop: ("sampling.stop",),

@@ -24,6 +24,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
 )
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
+from torchtitan.experiments.rl.unified.record.run import goes_on
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
@@ -84,6 +85,7 @@ def check(config: JobConfig) -> Job:
         estimate = passes(estimate_job)
     if checkpoint:
         passes(check_resume) and passes(check_settings)
+    passes(lambda job: goes_on(job) and None)
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)

@@ -14,6 +14,7 @@ from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids
 
 # Texts that both readings of a tokenizer must agree on.
 _TEXTS = 20
+_SHOWN = 12
 
 
 def check_tokens(config: JobConfig, task: Task) -> str:
@@ -34,5 +35,7 @@ def check_tokens(config: JobConfig, task: Task) -> str:
     check_stop(tokenizer, sampling.stop, sampling.special_tokens_in_text)
     ends = end_ids(tokenizer, path, vocabulary)
     check_turn_end(tokenizer, ends, sampling.stop)
-    texts = [*(repr(tokenizer.decode([token])) for token in ends), *map(repr, sampling.stop)]
-    return f"at {', '.join(dict.fromkeys(texts)) or 'no token'}, or after {sampling.max_tokens} tokens"
+    texts = [*(tokenizer.decode([token]) for token in ends), *sampling.stop]
+    shown = [repr(text) for text in dict.fromkeys(texts)]
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return f"at {', '.join(shown[:_SHOWN]) or 'no token'}{more}, or after {sampling.max_tokens} tokens"

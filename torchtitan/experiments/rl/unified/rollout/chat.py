@@ -55,6 +55,8 @@ class ChatTemplate:
         self._special = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"\b\B"
         )
+        if given := {"messages", "add_generation_prompt"} & set(arguments):
+            raise ValueError(f"[data] template_kwargs: {', '.join(sorted(given))} is what the job itself sets")
         known = _variables(tokenizer)
         if unread := sorted(set(arguments) - known):
             raise ValueError(
