@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_vocabulary
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
@@ -36,6 +37,14 @@ def test_experts_run_in_unified_mode_and_not_spread_over_ranks(tmp_path):
     degrees = ["--parallelism.tensor_parallel_degree=2", "--generator.tensor_parallel_degree=2"]
     with pytest.raises(ValueError, match="a mixture of experts is not spread over ranks here; use 1, or FSDP"):
         check_arithmetic(of_shape(tmp_path, *degrees, **moe))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has other blocks")
+def test_blocks_that_the_kernel_has_not_are_refused():
+    check_vocabulary(load_job_config(["--generator.block_size", "64"]))
+    for size in ("7", "16", "33"):
+        with pytest.raises(ValueError, match=rf"^\[generator\] block_size {size}: the paged kernel .* multiple of 32"):
+            check_vocabulary(load_job_config(["--generator.block_size", size]))
 
 
 def test_llama_has_no_pair_in_vllm_compat(tmp_path):

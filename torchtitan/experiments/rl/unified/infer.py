@@ -13,13 +13,19 @@ import argparse
 import functools
 import sys
 
-import torch
-from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.config.load import resolve_path
-from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
-from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
-from torchtitan.experiments.rl.unified.families.tensors import check_weights
+try:
+    import torch
+    from torchtitan.experiments.rl.unified.config.checks import environment_problems
+    from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+    from torchtitan.experiments.rl.unified.config.load import resolve_path
+    from torchtitan.experiments.rl.unified.devices import this_device
+    from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
+    from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
+    from torchtitan.experiments.rl.unified.families.tensors import check_weights
+except ImportError as error:  # As of an environment that is not what set-up made.
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; set-up is bash scripts/setup_env.sh")
 
 
 def parse_args(args: list[str]) -> argparse.Namespace:
@@ -123,6 +129,8 @@ def main(args: list[str]) -> int:
     """Prints prompt and text; exit status 1 with one line of error for bad input."""
     prepare_environment()
     try:
+        if problems := list(environment_problems()):
+            raise ValueError("; ".join(problems))
         prompt, text = generate(parse_args(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

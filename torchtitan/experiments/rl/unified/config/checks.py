@@ -222,6 +222,19 @@ def _same_arithmetic(config: Any) -> Iterator[str]:
         yield 'VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"'
 
 
+def environment_problems() -> Iterator[str]:
+    """What the environment asks of vLLM that no engine here can do."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        yield (
+            f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: log-probs of vLLM's other runner are "
+            "not the trainer's; unset it"
+        )
+
+
+def _environment(config: Any) -> Iterator[str]:
+    yield from environment_problems()
+
+
 def _wandb(config: Any) -> Iterator[str]:
     if config.metrics.enable_wandb and find_spec("wandb") is None:
         yield "[metrics] enable_wandb: there is no package wandb; install it (pip install wandb) or turn it off"
@@ -247,5 +260,6 @@ CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
         *("training.mixed_precision_param", "generator.dtype", "parity.check"),
         *("parallelism.tensor_parallel", "generator.tensor_parallel"),
     ),
+    _environment: (),
     _wandb: ("metrics.enable_wandb",),
 }
