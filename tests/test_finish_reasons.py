@@ -132,6 +132,16 @@ def test_zero_reward_is_for_truncated_completions_alone():
     assert rewards[0].parts == {"gsm8k": 1.0}, "what it would have got stays on record"
 
 
+def test_what_took_too_long_is_counted_for_its_step():
+    flags = ["--reward.weights", "math_verify", "1", "--reward.timeout_seconds", "1", "--rl.prompts_per_step", "1"]
+    task = Task(load_job_config(flags))
+    finished = [Trajectory(r, [5], torch.zeros(1), 0, "stop", "#### 9^{9^{9}}+x") for r in task.next_requests()]
+    quick = [replace(t, text="#### x+1") for t in finished]
+    # One question of all eight, as they are equal.
+    assert [task.score(batch).timeouts for batch in (quick, finished, quick)] == [0, 1, 0]
+    task.close()
+
+
 def test_zero_reward_keeps_a_penalty():
     config = load_job_config(["--rl.truncated_completions", "zero_reward", "--rl.prompts_per_step", "1"])
     config.reward.weights = {"soft_overlong": 1.0}
