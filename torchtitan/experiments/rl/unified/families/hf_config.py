@@ -27,6 +27,8 @@ _SIZES = (
     "max_position_embeddings",
 )
 _SIZES_OF = {"qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")}
+# No model has more; what has would be built for hours.
+_MOST, _MOST_LAYERS = 2**24, 2**12
 # Without these transformers would take another model's.
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _USED = ("model_type", "rms_norm_eps", "tie_word_embeddings", "dtype", "eos_token_id")
@@ -116,6 +118,10 @@ def read_config(path: str | Path, model_types: Iterable[str]) -> dict[str, Any]:
     try:
         if missing := [name for name in _NEEDED if raw.get(name) is None]:
             raise ValueError(f"it lacks {', '.join(missing)}: is it complete?")
+        for name in (name for name in raw if name in (*_SIZES, *_SIZES_OF.get(model_type, ()))):
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+            if isinstance(raw[name], (int, float)) and raw[name] > most:
+                raise ValueError(f"{name} = {_short(raw[name])}: no model has more than {most}")
         return _checked(raw, _through_transformers(path))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
