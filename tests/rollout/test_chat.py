@@ -182,7 +182,7 @@ def test_a_turn_may_end_with_a_stop_string(tokenizer):
 def test_a_stop_string_that_never_comes_up_is_refused(tokenizer):
     check_stop(tokenizer, ["<|im_end|>", "<|im_", "### End", "im_end"], special_tokens_in_text=False)
     for stop in ("<|im_start|>user", "\n<|im_end|>"):
-        with pytest.raises(ValueError, match="stop .* would never come up: '<.im_.*Set .sampling. special_tokens_in_te"):
+        with pytest.raises(ValueError, match="stop .* would never come up: '<.im_.*Set .sampling. special_tokens"):
             check_stop(tokenizer, ["x", stop], special_tokens_in_text=False)
         check_stop(tokenizer, ["x", stop], special_tokens_in_text=True)
 
@@ -193,7 +193,7 @@ DATED = "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% e
 
 def test_a_template_that_asks_for_the_date_is_told_which_it_is_or_refused(tokenizer):
     tokenizer.chat_template = DATED
-    with pytest.raises(ValueError, match=r'line 1: it asks for today\'s date, and .* \[data\] date = "20\d\d-\d\d-\d\d"'):
+    with pytest.raises(ValueError, match=r'line 1: it asks for today.s date, .* \[data\] date = "20\d\d-\d\d-\d\d"'):
         ChatTemplate(tokenizer, {}).encode([row("Why?")])
     ((text, _),) = ChatTemplate(tokenizer, {}, date="2024-07-26").encode([row("Why?")])
     assert text.startswith("Today is 26 Jul 2024.\n")
@@ -216,7 +216,7 @@ def test_what_ends_a_completion_is_the_tokenizers_eos_and_the_checkpoints(tokeni
             end_ids(tokenizer, tmp_path, 512)
     for value in ('"2"', "[2, -1]", "512", "2.0", "[true]", '{"a": 2}'):
         file.write_text(f'{{"eos_token_id": {value}}}', encoding="utf-8")
-        with pytest.raises(ValueError, match="generation_config.json: eos_token_id .* is not one of the model's 512 tok"):
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id .* is not one of the model's 512"):
             end_ids(tokenizer, tmp_path, 512)
     folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
     settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -171,7 +171,7 @@ def test_bad_lines_are_named(tmp_path, content, message):
         ("rows.json", b"[", "rows.json is not JSON"),
         ("rows.csv", b'question,answer\na,1\n"b\n', "rows.csv, line 3 is not CSV"),
         ("rows.csv", b"question,answer\na,1\nb\n", "rows.csv, line 3 has nothing as 'answer'"),
-        ("rows.csv", b"question,answer\na,1\nb, 2 or 3?,1\n", "rows.csv, line 3 has more fields than line 1 has columns"),
+        ("rows.csv", b"question,answer\na,1\nb, 2 or 3?,1\n", "rows.csv, line 3 has more fields than line 1 has col"),
         ("rows.csv", b"question,answer,answer\na,1,2\n", "rows.csv, line 1 names the column 'answer' twice"),
         ("rows.csv", "question,answer\na,1\n\u00e4,1\n".encode("latin-1"), "rows.csv, line 3 is not UTF-8"),
     ],

@@ -30,7 +30,7 @@ def another_torchtitan(folder: str) -> str:
     own = os.path.join(sysconfig.get_paths()["purelib"], "torchtitan")
     if not os.path.isdir(own) or os.path.realpath(folder) == os.path.realpath(own):
         return ""
-    return f"torchtitan is taken from {folder}, in front of the one that this was installed with, {own}: unset PYTHONPATH"
+    return f"PYTHONPATH or the working directory puts {folder} in front of {own}, which this was installed with"
 
 
 class _Finder:

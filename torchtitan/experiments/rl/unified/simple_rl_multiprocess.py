@@ -51,7 +51,9 @@ def run(args: list[str], dry: bool) -> str:
     with closing(check(config)) as job:
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return f"{'a completion ends':<32}{job.completion_ends}" if dry else asyncio.run(run_job(config, job.task, job.evaluation))
+        if dry:
+            return f"{'a completion ends':<32}{job.completion_ends}"
+        return asyncio.run(run_job(config, job.task, job.evaluation))
 
 
 def main(args: list[str]) -> int:

@@ -58,8 +58,8 @@ class Data:
     """The name of a special token in a question or in system_prompt is that token; else it is text, as all the rest"""
 
     date: str = ""
-    """The day that a chat template gets when it asks for today's, such as "2026-11-26"; empty: one that asks is refused,
-    as its prompts would be others tomorrow"""
+    """The day that a chat template gets when it asks for today's, such as "2026-11-26"; empty: one that asks is
+    refused, as its prompts would be others tomorrow"""
 
 
 @dataclass

@@ -265,9 +265,7 @@ def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
         kept = config.checkpoint.keep_latest_k
         size = parameters * getattr(torch, config.training.dtype).itemsize * 3
         often = f"every {config.checkpoint.interval} steps and after the last"
-        saved = f"{saves}, {often}, about {_gib(size)} each, " + (
-            f"the newest {kept} kept" if kept else "all kept"
-        )
+        saved = f"{saves}, {often}, about {_gib(size)} each, " + (f"the newest {kept} kept" if kept else "all kept")
     else:
         saved = "none: the run cannot be resumed or replayed ([checkpoint] enable)"
     return [

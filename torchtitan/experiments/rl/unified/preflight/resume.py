@@ -56,8 +56,8 @@ def _changes(config: JobConfig) -> Iterator[tuple[str, Any, Any]]:
         old = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file}, which says what the run was that this one goes on with, cannot be read ({error}): put it back, or "
-            "begin another run ([job] dump_folder) with this one's weights: [checkpoint] initial_load_path"
+            f"{file}, which says what the run was that this one goes on with, cannot be read ({error}): put it back, "
+            "or begin another run ([job] dump_folder) with this one's weights: [checkpoint] initial_load_path"
         ) from None
     new = toml_values(config)
     for path, key in keys_of(JobConfig).items():

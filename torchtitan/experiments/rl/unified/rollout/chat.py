@@ -120,8 +120,8 @@ class ChatTemplate:
     def _strftime_now(self, form: str) -> str:
         if not self.date:
             raise ValueError(
-                "it asks for today's date, and would make other prompts tomorrow: say which it is to write, [data] date "
-                f'= "{datetime.date.today()}"'
+                "it asks for today's date, and would make other prompts tomorrow: say which it is to write, [data] "
+                f'date = "{datetime.date.today()}"'
             )
         return datetime.datetime.fromisoformat(self.date).strftime(form)
 
@@ -137,8 +137,8 @@ def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_
         held = [name for name in names if name in text and name != text]
         if held and text not in names and not special_tokens_in_text:
             raise ValueError(
-                f"[sampling] stop {text!r} would never come up: {held[0]!r} in it is a special token, which the text of "
-                f"a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at {held[0]!r} alone"
+                f"[sampling] stop {text!r} would never come up: {held[0]!r} in it is a special token, which the text "
+                f"of a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at {held[0]!r} alone"
             )
 
 
