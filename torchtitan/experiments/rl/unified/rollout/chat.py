@@ -138,7 +138,7 @@ def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_
         if held and text not in names and not special_tokens_in_text:
             raise ValueError(
                 f"[sampling] stop {text!r} would never come up: {held[0]!r} in it is a special token, which the text "
-                f"of a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at {held[0]!r} alone"
+                "of a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at that token alone"
             )
 
 
