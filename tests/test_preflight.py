@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchtitan.experiments.rl.unified.config.load import load_job_config
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_vocabulary
+from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_checkpoint, check_vocabulary
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
@@ -45,6 +45,20 @@ def test_blocks_that_the_kernel_has_not_are_refused():
     for size in ("7", "16", "33"):
         with pytest.raises(ValueError, match=rf"^\[generator\] block_size {size}: the paged kernel .* multiple of 32"):
             check_vocabulary(load_job_config(["--generator.block_size", size]))
+
+
+def test_settings_beyond_the_model_are_refused():
+    for flags, look, complaint in (
+        (["--sampling.top_k=513"], check_vocabulary, "top_k = 513 is above the vocabulary's 512 tokens"),
+        (["--generator.kv_cache_gib=1e-6"], check_vocabulary, "kv_cache_gib = 1e-06 does not hold one sequence"),
+        (["--training.seq_len=2048"], check_checkpoint, "seq_len 2048 is beyond the context of the model .* = 1024"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            look(load_job_config(flags))
+    check_vocabulary(load_job_config(["--sampling.top_k=512"]))
+    for temperature in ("3", "0.001"):
+        with pytest.raises(ValueError, match="temperature = .*, but it must be 0 or at least 0.01 and at most 2"):
+            load_job_config(["--sampling.temperature", temperature])
 
 
 def test_llama_has_no_pair_in_vllm_compat(tmp_path):

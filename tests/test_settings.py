@@ -229,10 +229,14 @@ def test_the_record_of_a_run_that_is_gone_on_with_is_read_by_preflight_too(run_b
         (["--checkpoint.folder="], "[checkpoint] folder = '.': it must be the name of a folder inside of"),
         (["--metrics.save_tb_folder=/tb"], "[metrics] save_tb_folder = '/tb': it must be"),
         (["--comm.save_traces_folder=/tb"], "[comm] save_traces_folder = '/tb': it must be"),
+        (["--generator.cores=9999"], "[generator] cores = '9999': this process may not run on 9999; it has "),
+        (["--sampling.temperature=0"], "[sampling] temperature 0 makes the 8 completions of a prompt equal"),
+        (["--sampling.top_k=1"], "[sampling] top_k 1 makes the 8 completions of a prompt equal"),
+        (["--reward.weights", "gsm8k", "0"], "[reward.weights] gives no reward a weight"),
         (["--data.date=26 Jul 2024"], "[data] date = '26 Jul 2024': Invalid isoformat string"),
     ],
 )
-def test_places_and_dates_that_cannot_be_are_refused(flags, complaint, tmp_path):
+def test_places_dates_and_settings_that_teach_nothing_are_refused(flags, complaint, tmp_path):
     file = tmp_path / "file"
     file.touch()
     [problem] = contradictions(load_job_config([flag.format(file=file) for flag in flags]))
