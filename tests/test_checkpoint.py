@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
-from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, write_toml
 from torchtitan.experiments.rl.unified.dcp import read_metadata
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import CheckpointError
@@ -136,6 +136,7 @@ def test_what_cannot_be_resumed_is_one_error_before_anything_is_spawned(case, tm
     flags, complaint = REFUSED[case]
     if case != "no such start":
         write_checkpoint(tmp_path, 2, flavor="debugmodel" if case == "another model" else "tiny")
+        write_toml(job(tmp_path), tmp_path / "config.toml")
     before = sorted(tmp_path.rglob("*"))
     status = simple_rl_multiprocess.main(["--job.dump_folder", str(tmp_path), "--checkpoint.enable", *flags])
     error = capsys.readouterr().err.strip()
@@ -146,6 +147,7 @@ def test_what_cannot_be_resumed_is_one_error_before_anything_is_spawned(case, tm
 
 def test_a_finished_run_says_so(tmp_path, capsys):
     write_checkpoint(tmp_path, 3)
+    write_toml(job(tmp_path), tmp_path / "config.toml")
     flags = ["--job.dump_folder", str(tmp_path), "--training.steps", "3", *FULL]
     assert simple_rl_multiprocess.main(flags) == 0
     assert capsys.readouterr().out.startswith("no step was taken: ")

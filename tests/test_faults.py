@@ -8,6 +8,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,7 +93,8 @@ def metrics(folder: Path) -> list[dict]:
 def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, ranks, tmp_path):
     """Proves supervision: of a generator lost while it generates and while it takes weights, and of a trainer rank,
     with the other one hanging, and before its weights were taken. Each is back in time, and the last checkpoint has the
-    undisturbed run's weights, optimizer and position."""
+    undisturbed run's weights, optimizer and position. And of a run that goes on from a `load_step` and loses its
+    trainer: from its own newest checkpoint, not from that step again."""
     flags = ["--training.steps", "7", "--trajectory_queue.max_staleness", str(max_staleness)]
     flags += ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.no-last_save_model_only"]
     whole = run(tmp_path / "whole", *flags)
@@ -106,6 +108,16 @@ def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, ranks, 
     back = [float(seconds) for seconds in re.findall(r"was back after ([\d.]+) s", done.stdout)]
     assert len(back) == 4 and max(back) <= LIMIT_SECONDS, back
     assert chaos_resume.differences(tmp_path / "whole", tmp_path / "faulty", steps=7) == []
+    if max_staleness:
+        return
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    # Its fourth step is the seventh of the run; the checkpoint of the sixth is written.
+    done = run(tmp_path / "again", *flags, "--checkpoint.load_step", "3", faults="TrainerMesh.step:4:trainer-0:0.01")
+    assert done.returncode == 0, done.stderr
+    assert "going on from the last checkpoint, restart 1" in done.stderr
+    aside = {path.name for path in (tmp_path / "again/checkpoint/set_aside").iterdir()}
+    assert aside == {"step-6", "step-7"}, "of the run before; this run's own step 6 is what it went on from"
+    assert chaos_resume.differences(tmp_path / "whole", tmp_path / "again", steps=7) == []
 
 
 DAMAGES = {

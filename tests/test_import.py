@@ -6,6 +6,7 @@
 """Whose ``torchtitan.experiments.rl`` a process imports: the torchtitan wheel has a folder of that name as well."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -123,3 +124,25 @@ hook.install()
 print(sys.meta_path == before)
 """
     assert run(wheel, code) == "True\n"
+
+
+def test_another_torchtitan_in_front_is_refused_in_one_line(tmp_path):
+    """Without a finder it would be used, and nothing would say so."""
+    package = tmp_path / "torchtitan" / "experiments"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    unified = SOURCE / "unified"
+    commands = {
+        "ImportError: ": ["-c", "import torchtitan.experiments.rl.unified"],
+        "error: ": [str(unified / "infer.py")],
+        "error: PYTHONPATH": [str(unified / "simple_rl_multiprocess.py"), "--dry_run"],
+    }
+    for start, command in commands.items():
+        done = subprocess.run(
+            [sys.executable, *command], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and lines[-1].startswith(start), done.stderr
+        assert f"puts {tmp_path}/torchtitan in front of " in lines[-1]
+        assert len(lines) == 1 or command[0] == "-c"

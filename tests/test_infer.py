@@ -6,6 +6,7 @@
 """infer.py as a user runs it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,18 +22,19 @@ from torchtitan.experiments.rl.unified.families.tensors import check_weights
 TINY = Path(__file__).parent / "assets/qwen3_tiny"
 
 
-def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, infer.__file__, *flags], capture_output=True, text=True, timeout=300, cwd=folder
-    )
+def run(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, infer.__file__, *flags]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=env)
 
 
 @pytest.mark.slow
 def test_one_rank_and_two_print_prompt_and_the_same_text(tmp_path):
     """Proves that TorchTitan's model generates inside vLLM, whole and sharded."""
     texts = []
-    for flags in ([], ["--tensor-parallel-size", "2"]):
-        done = run(tmp_path, "--temperature", "0", *flags)
+    # A list of vLLM's plugins that has not this package's must not keep it out.
+    for flags, plugins in (([], ""), (["--tensor-parallel-size", "2"], "lora_filesystem_resolver")):
+        done = run(tmp_path, "--temperature", "0", *flags, VLLM_PLUGINS=plugins)
         assert done.returncode == 0, done.stderr
         assert "How many eggs does Ada have now?" in done.stdout
         texts.append(done.stdout)
@@ -55,6 +57,15 @@ def test_bad_input_is_one_error(flags, complaint, capsys):
     assert infer.main(flags) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and complaint in error and "\n" not in error
+
+
+def test_an_environment_that_asks_for_what_no_engine_can_do_is_refused_alike(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    flags = ["--job.dump_folder", str(tmp_path / "run")]
+    for command, words in ((infer.main, []), (simple_rl_multiprocess.main, flags)):
+        assert command(words) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "VLLM_USE_V2_MODEL_RUNNER=1: log-probs of vLLM's other runner" in line
 
 
 def edit(**fields):

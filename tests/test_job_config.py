@@ -97,6 +97,13 @@ def test_a_section_that_is_a_value_is_told_how_it_is_written(tmp_path):
         load_job_config(["--job.config_file", str(tmp_path / "job.toml")])
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    job(tmp_path, "[rl]\ngroup_size = 4\n")
+    path = tmp_path / "job.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_job_config(["--job.config_file", str(path)]).rl.group_size == 4
+
+
 def test_a_file_that_says_too_little_is_not_filled_from_another_models_defaults(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text("[rl]\ngroup_size = 4\n[sampling]\nmax_tokens = 8\n", encoding="utf-8")
@@ -153,6 +160,8 @@ def test_words_on_the_command_line_are_read_as_the_keys_type(words, path, value)
         (["--checkpoint.enable", "yes"], "--checkpoint.enable = 'yes', but it must be bool"),
         (["--parity.check", "on"], "--parity.check = 'on', but it must be one of 'off', 'report', 'assert'"),
         (["--reward.weights", "gsm8k", "a"], "--reward.weights = {'gsm8k': 'a'}, but it must be dict[str, float]"),
+        (["--data.system_prompt", "\udc80"], "--data.system_prompt = '\\udc80', but it must be UTF-8 text"),
+        (["--sampling.stop", "a", "\udc80"], "--sampling.stop = ['a', '\\udc80'], but it must be UTF-8 text"),
         (["--rl.grop_size", "4"], "unknown flag --rl.grop_size: did you mean '--rl.group_size'?"),
         (["4"], "unexpected word '4': settings are --section.key value"),
     ],

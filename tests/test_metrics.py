@@ -50,7 +50,7 @@ def take(record: RunRecord, step: int, version: int | None = None, evaluation: d
     trajectories = trajectories_of(step, version)
     rewards = [RewardResult(total, {"gsm8k": total}) for total in (0.0, 1.0, 0.0, 0.5)]
     asked = [(f"prompt {step}", "#### 1")] * len(trajectories)
-    scored = Scored(rewards, torch.tensor([-1.0, 1.0, -1.0, 0.0]), asked)
+    scored = Scored(rewards, torch.tensor([-1.0, 1.0, -1.0, 0.0]), asked, without_signal=0.25, timeouts=3)
     entry = record.first()
     with timed(entry.phases, "train"):
         pass
@@ -80,6 +80,7 @@ def test_a_step_leaves_its_metrics_and_the_samples_worth_reading(tmp_path):
         take(record, 3, version=1)
     metrics, samples = (lines(tmp_path / "run" / name) for name in ("metrics.jsonl", "samples.jsonl"))
     assert [(m["version_min"], m["staleness_max"]) for m in metrics] == [(0, 0), (1, 0), (1, 1)]
+    assert [(m["groups_without_signal"], m["reward_timeouts"]) for m in metrics] == [(0.25, 3)] * 3
     assert metrics[0]["entropy"] == 2.0 and "kl_reference" not in metrics[0]
     assert metrics[0]["seconds_generate"] == 2.5 and metrics[0]["seconds_train"] >= 0
     assert [m.get("eval_pass@1") for m in metrics] == [0.5, None, None]

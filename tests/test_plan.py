@@ -16,7 +16,7 @@ import torch
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS
 from torchtitan.experiments.rl.unified.families import family, policy_train_spec
-from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_steps, count_parameters, estimate_job, GIB
+from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_count, count_parameters, estimate_job, GIB
 from torchtitan.experiments.rl.unified.record.provenance import machine, sha256, versions
 
 
@@ -63,14 +63,16 @@ def test_shards_share_weights_and_replicas_do_not():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], []),
-        (["--checkpoint.enable", "--checkpoint.interval", "4"], [4, 8, 10]),
-        (["--checkpoint.enable", "--checkpoint.interval", "50", "--checkpoint.enable_first_step_checkpoint"], [1, 10]),
-        (["--checkpoint.enable", "--checkpoint.load_only"], []),
+        ([], 0),
+        (["--checkpoint.enable", "--checkpoint.interval", "4"], 3),
+        (["--checkpoint.enable", "--checkpoint.interval", "5"], 2),
+        (["--checkpoint.enable", "--checkpoint.interval", "50", "--checkpoint.enable_first_step_checkpoint"], 2),
+        (["--checkpoint.enable", "--checkpoint.interval", "1", "--checkpoint.enable_first_step_checkpoint"], 10),
+        (["--checkpoint.enable", "--checkpoint.load_only"], 0),
     ],
 )
 def test_checkpoints_are_foretold(flags, expected):
-    assert checkpoint_steps(load_job_config(["--training.steps", "10", *flags])) == expected
+    assert checkpoint_count(load_job_config(["--training.steps", "10", *flags])) == expected
 
 
 def test_too_many_threads_and_too_little_memory():
@@ -105,6 +107,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
         "2 x trainer rank (DDP 2)",
         "16 prompts x 4 completions = 64",
         "at most 4,096 a step",
+        "a completion ends               at '<|im_end|>', '<|endoftext|>', or after 64 tokens",
     ):
         assert text in said
     assert not folder.exists()

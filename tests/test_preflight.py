@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
-from torchtitan.experiments.rl.unified.preflight.model import check_arithmetic, check_resume, lost_updates
+from torchtitan.experiments.rl.unified.preflight.model import (
+    check_arithmetic,
+    check_checkpoint,
+    check_resume,
+    check_vocabulary,
+    lost_updates,
+)
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny/config.json"
 
@@ -88,6 +94,28 @@ def test_half_a_step_is_what_bf16_rounds_by(tmp_path):
             moves = (rounded.float() + lr).bfloat16() != rounded
             config = load_job_config([*BF16, f"--model.hf_assets_path={tmp_path}", f"--optimizer.lr={lr}"])
             assert bool(lost_updates(config)) == (not moves) == (factor < 1), (weight, factor)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has other blocks")
+def test_blocks_that_the_kernel_has_not_are_refused():
+    check_vocabulary(load_job_config(["--generator.block_size", "64"]))
+    for size in ("7", "16", "33"):
+        with pytest.raises(ValueError, match=rf"^\[generator\] block_size {size}: the paged kernel .* multiple of 32"):
+            check_vocabulary(load_job_config(["--generator.block_size", size]))
+
+
+def test_settings_beyond_the_model_are_refused():
+    for flags, look, complaint in (
+        (["--sampling.top_k=513"], check_vocabulary, "top_k = 513 is above the vocabulary's 512 tokens"),
+        (["--generator.kv_cache_gib=1e-6"], check_vocabulary, "kv_cache_gib = 1e-06 does not hold one sequence"),
+        (["--training.seq_len=2048"], check_checkpoint, "seq_len 2048 is beyond the context of the model .* = 1024"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            look(load_job_config(flags))
+    check_vocabulary(load_job_config(["--sampling.top_k=512"]))
+    for temperature in ("3", "0.001"):
+        with pytest.raises(ValueError, match="temperature = .*, but it must be 0 or at least 0.01 and at most 2"):
+            load_job_config(["--sampling.temperature", temperature])
 
 
 def test_llama_has_no_pair_in_vllm_compat(tmp_path):

@@ -3,7 +3,7 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""One rank of the trainer fails, the other one does not: the job ends at once, with that rank's own words."""
+"""One process of a job raises, the others do not: the job ends at once, with that process's own words."""
 
 import os
 import re
@@ -111,6 +111,35 @@ def breaks(rank):
         0,
     ),
 }
+# The same for an engine: what it raises does not pickle.
+FAULTY_ENGINE = """
+import os, sys, time
+from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+prepare_environment()
+from torchtitan.experiments.rl.unified.controller import generators
+from torchtitan.experiments.rl.unified.simple_rl_multiprocess import main
+
+class FaultyActor(generators.GeneratorActor):
+    def __init__(self, config, first_gpu):
+        super().__init__(config, first_gpu)
+        from torchtitan.experiments.rl.unified.generator.generator import Generator
+        original, calls = getattr(Generator, PLACE), []
+
+        def faulty(*args):
+            calls.append(PLACE)
+            if len(calls) < CALL:
+                return original(*args)
+            print("fault", time.monotonic(), file=sys.stderr, flush=True)
+            from pydantic_core import ArgsKwargs
+            raise TypeError("cannot serve this", ArgsKwargs((lambda: 0,)))
+
+        setattr(Generator, PLACE, faulty)
+
+generators.GeneratorActor = FaultyActor
+status = main(sys.argv[1:])
+print("ended", time.monotonic(), file=sys.stderr, flush=True)
+sys.exit(status)
+"""
 LAYOUTS = {
     "DDP 2": [],
     "FSDP 2": "--parallelism.data_parallel_replicate_degree 1 --parallelism.data_parallel_shard_degree 2".split(),
@@ -182,3 +211,24 @@ def test_two_ranks_of_one_kind_compute_by_one_arithmetic():
     assert one_arithmetic({"trainer rank 0": "amx", "trainer rank 1": "amx"}) == "amx"
     with pytest.raises(ParityError, match="trainer rank 0 computes by amx, trainer rank 2 by avx2"):
         one_arithmetic({"trainer rank 0": "amx", "trainer rank 1": "amx", "trainer rank 2": "avx2"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, call, steps", [("__init__", 1, 0), ("generate", 2, 1), ("update_weights", 2, 1)])
+def test_what_an_engine_raises_ends_the_job_at_once(place, call, steps, tmp_path):
+    """Proves that its class and message are the job's error at start, at generate and at update; nothing is retried."""
+    script = f"PLACE, CALL = {place!r}, {call}\n{FAULTY_ENGINE}"
+    command = [sys.executable, "-c", script, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--training.steps", "3"], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 1, done.stderr
+    error, *calls = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(r"error: (generator0 failed: )?TypeError: \('cannot serve this', .*", error), error
+    assert "in faulty: " in calls[-1] and all(line.startswith("error:   at ") for line in calls)
+    assert "starting it again" not in done.stderr and "Traceback" not in done.stderr and "pickle" not in done.stderr
+    fault, ended = (float(re.search(rf"{word} ([\d.]+)", done.stderr)[1]) for word in ("fault", "ended"))
+    assert ended - fault <= LIMIT_SECONDS
+    assert len(metrics(tmp_path / "run") if steps else []) == steps
+    wait_for(lambda: not marked(f"FAULT_TEST={tmp_path}"), 5, "the processes of the job to end")

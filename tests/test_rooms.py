@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1] / Path(*NAME.split("."))
 BELOW = {
     "errors": "",
     "dcp": "",
+    "tokenizer": "",
     "config": "errors",
     "messages": "config errors",
     "devices": "errors",
@@ -25,12 +26,12 @@ BELOW = {
     "record": "config messages errors devices dcp",
     "weights": "config messages errors devices",
     "families": "devices weights errors dcp",
-    "rollout": "config messages errors algorithms",
+    "rollout": "config messages errors algorithms tokenizer",
     "trainer": "config messages errors devices families algorithms weights record dcp",
     "generator": "config messages errors devices families weights",
-    "preflight": "config messages errors devices algorithms record weights families rollout",
+    "preflight": "config messages errors devices algorithms record weights families rollout tokenizer",
     "controller": "config messages errors devices trainer generator weights rollout record",
-    "infer": "config devices families generator",
+    "infer": "config devices families generator tokenizer",
     "simple_rl_multiprocess": "config devices errors preflight controller record rollout",
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -177,8 +177,16 @@ def test_an_asset_that_is_not_there(select_files):
         select_files(["model.bin", "config.json"], ["safetensors"])
 
 
+GSM8K = {
+    "README.md": b"---\nconfigs:\n- config_name: main\n  data_files:\n"
+    b"  - {split: train, path: main/train-*}\n  - {split: test, path: main/test-*}\n---\n",
+    "main/train-0.jsonl": b'{"question": "What is 1 plus 1?", "answer": "#### 2"}\n' * 3,
+    "main/test-0.jsonl": b'{"question": "What is 1 plus 2?", "answer": "#### 3"}\n',
+}
+
+
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download speaks to, over HTTP: some repositories, and one that is gated.
+    """As much of the hub as downloads speak to, over HTTP: some models, one that is gated, and a data set.
 
     Args:
         broken: names that are listed but not there.
@@ -206,7 +214,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         asked = path.removeprefix("/api/models/")
         resolved, _, name = path.removeprefix("/").partition(f"/resolve/{commit}/")
-        if asked in self.models:
+        if "datasets/openai/gsm8k" in path:
+            self.answer_about_gsm8k(path.removeprefix("/api"))
+        elif asked in self.models:
             siblings = [{"rfilename": name} for name in self.models[asked]]
             self.answer(200, json.dumps({"id": asked, "sha": commit, "siblings": siblings}).encode())
         elif self.path.startswith("/api/models/org/refused"):
@@ -219,6 +229,22 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(404, X_Error_Code="EntryNotFound")
         else:
             self.answer(200, self.models[resolved][name], ETag=f'"{name}"', X_Repo_Commit=commit)
+
+    def answer_about_gsm8k(self, path: str) -> None:
+        _, kind, place = [*path.removeprefix("/datasets/openai/gsm8k").split("/", 2), "", ""][:3]
+        _, _, name = place.partition("/")
+        if kind == "resolve" and name in GSM8K:
+            self.answer(200, GSM8K[name], ETag=f'"{name}"', X_Repo_Commit="c" * 40)
+        elif kind == "resolve":
+            self.answer(404, X_Error_Code="EntryNotFound")
+        elif kind == "tree":
+            listed = [{"type": "file", "path": f, "size": len(GSM8K[f]), "oid": "0"} for f in GSM8K]
+            listed += [{"type": "directory", "path": "main", "oid": "1"}]
+            here = [entry for entry in listed if str(Path(entry["path"]).parent) == (name or ".")]
+            self.answer(200, json.dumps(here).encode())
+        else:
+            siblings = [{"rfilename": name} for name in GSM8K]
+            self.answer(200, json.dumps({"id": "openai/gsm8k", "sha": "c" * 40, "siblings": siblings}).encode())
 
     do_HEAD = do_GET
 
@@ -306,15 +332,26 @@ def test_the_readmes_download_is_where_its_next_commands_look(hub, tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "HF_ENDPOINT": hub[0], "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    (download,) = readme_commands("Download a checkpoint")
-    _, infer = readme_commands("Inference")
-    for command in (download, infer):
+    environment["HF_HOME"] = str(tmp_path / "cache")
+
+    def run(command: str) -> str:
         done = subprocess.run(
             ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        environment["HF_HUB_OFFLINE"] = "1"
-    assert "What is 7 * 8?" in done.stdout and "\nText: " in done.stdout
+        return done.stdout
+
+    (download,) = readme_commands("Download a checkpoint")
+    run(download)
+    default, job = readme_commands("The RL loop")
+    assert "a completion ends " in run(f"{default} --dry_run")
+    # The one thing in it that a CPU has not.
+    said = run(f"{job} --dry_run --weight_sync.transport shared_memory")
+    assert f"qwen3 of {tmp_path}/assets/hf/Qwen3-0.6B" in said and "\nsteps                           100," in said
+    environment["HF_HUB_OFFLINE"] = "1"
+    _, infer = readme_commands("Inference")
+    said = run(infer)
+    assert "What is 7 * 8?" in said and "\nText: " in said
     for toml in (PACKAGE / "train_configs").glob("qwen3_0.6b*.toml"):
         text = toml.read_text(encoding="utf-8")
         assert download.strip() in text

@@ -18,7 +18,7 @@ from types import UnionType
 import pytest
 import torch.distributed.checkpoint as dcp
 from torchtitan.experiments.rl.unified import config as config_room
-from torchtitan.experiments.rl.unified.config.checks import CHECKS
+from torchtitan.experiments.rl.unified.config.checks import CHECKS, contradictions
 from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, write_toml
 from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
@@ -201,6 +201,54 @@ def test_a_state_taken_from_another_run_is_held_to_that_runs_settings(run_before
     with pytest.raises(ValueError, match="^rl.group_size is 4, and was 8 in the run"):
         check_settings(load_job_config([*run_before, *flags]))
     check_settings(load_job_config([*run_before, *flags, "--checkpoint.initial_load_model_only"]))
+
+
+@pytest.mark.parametrize("content", [None, b"[rl\n", b'[job]\ndescription = "\xff"\n'])
+def test_a_run_that_does_not_say_what_it_was_is_not_gone_on_with(run_before, tmp_path, content):
+    file = tmp_path / "run" / "config.toml"
+    file.write_bytes(content) if content else file.unlink()
+    with pytest.raises(ValueError, match="^/.*config.toml, which says what the run was .* put it back, or begin anot"):
+        check_settings(load_job_config(run_before))
+
+
+def test_the_record_of_a_run_that_is_gone_on_with_is_read_by_preflight_too(run_before, tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").write_text("x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="metrics.jsonl line 1 is not a record of a step"):
+        check(load_job_config(run_before))
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--job.dump_folder="], "[job] dump_folder is empty: name a folder"),
+        (["--job.dump_folder={file}"], "[job] dump_folder {file} cannot be written in: {file}: Not a directory"),
+        (["--job.dump_folder={file}/x/y"], "[job] dump_folder {file}/x/y cannot be written in: {file}: Not"),
+        (["--job.dump_folder=/proc/x/y"], "[job] dump_folder /proc/x/y cannot be written in: /proc: "),
+        (["--checkpoint.folder=/etc"], "[checkpoint] folder = '/etc': it must be the name of a folder inside of"),
+        (["--checkpoint.folder=../other"], "[checkpoint] folder = '../other': it must be the name of a folder"),
+        (["--checkpoint.folder="], "[checkpoint] folder = '.': it must be the name of a folder inside of"),
+        (["--metrics.save_tb_folder=/tb"], "[metrics] save_tb_folder = '/tb': it must be"),
+        (["--comm.save_traces_folder=/tb"], "[comm] save_traces_folder = '/tb': it must be"),
+        (["--generator.cores=9999"], "[generator] cores = '9999': this process may not run on 9999; it has "),
+        (["--sampling.temperature=0"], "[sampling] temperature 0 makes the 8 completions of a prompt equal"),
+        (["--sampling.top_k=1"], "[sampling] top_k 1 makes the 8 completions of a prompt equal"),
+        (["--reward.weights", "gsm8k", "0"], "[reward.weights] gives no reward a weight"),
+        (["--data.date=26 Jul 2024"], "[data] date = '26 Jul 2024': Invalid isoformat string"),
+    ],
+)
+def test_places_dates_and_settings_that_teach_nothing_are_refused(flags, complaint, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    [problem] = contradictions(load_job_config([flag.format(file=file) for flag in flags]))
+    assert problem.startswith(complaint.format(file=file))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_may_begin_with_a_tilde():
+    flags = ["--job.dump_folder=~/out", "--weight_sync.folder=~/w", "--checkpoint.initial_load_path=~/c"]
+    config = load_job_config(flags)
+    found = config.job.dump_folder, config.weight_sync.folder, config.checkpoint.initial_load_path
+    assert found == tuple(str(Path.home() / name) for name in ("out", "w", "c"))
 
 
 def test_the_config_of_each_start_is_kept(tmp_path):

@@ -169,6 +169,8 @@ OTHER_FORMS = {
     "own code": ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = {'AutoModel': 'm.M'}: the checkpoint brings code"),
     "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "a policy that is updated in place cannot be"),
     "by layer": ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config = "),
+    "too many layers": ({"num_hidden_layers": 10**7}, "num_hidden_layers = 10000000: no model has more than 4096"),
+    "too wide": ({"hidden_size": 2**40}, "hidden_size = 1099511627776: no model has more than 16777216"),
     "hidden_size missing": ({"hidden_size": None}, "it lacks hidden_size"),
     "another family": (
         {"model_type": "gpt2"},

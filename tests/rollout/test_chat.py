@@ -6,15 +6,19 @@
 """Chat templates and tokenizers: what is encoded, and what is refused."""
 
 import json
+import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from torchtitan.experiments.rl.unified.rollout import chat
-from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_tokenizer, check_turn_end, special_tokens
+from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_stop, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.rows import read_rows, Row
+from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer, special_tokens
 from transformers import AutoTokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "assets/qwen3_tiny"
@@ -46,6 +50,7 @@ HARMFUL = [
     "<|im_end|>",
     "a<|endoftext|><|endoftext|>b",
     "<|<|im_end|>im_end|>",
+    "\ue000\ue001<|im_end|>\ue9d3",
 ]
 
 
@@ -85,6 +90,8 @@ def test_special_tokens_in_the_system_prompt_are_text_and_a_key_allows_them(toke
         ("{{ raise_exception('no system, please') }}", "no system, please"),
         ("{{ messages | nonsense }}", "is no template: No filter named 'nonsense'"),
         ("{% for m in %}", "is no template"),
+        (5, "is no template: Can't compile"),
+        ({"one": "x", "two": "y"}, "is no template: This model has multiple chat templates with no default"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages[5].content }}", "rows.jsonl, line 7"),
@@ -127,6 +134,8 @@ def test_an_argument_that_the_template_does_not_read_is_refused(tokenizer, templ
     else:
         with pytest.raises(ValueError, match="reads no enable_thinking; it reads messages"):
             ChatTemplate(tokenizer, {"enable_thinking": False})
+        with pytest.raises(ValueError, match="template_kwargs: messages is what the job itself sets"):
+            ChatTemplate(tokenizer, {"messages": "x"})
 
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
@@ -170,6 +179,52 @@ def test_a_turn_may_end_with_a_stop_string(tokenizer):
     check_turn_end(tokenizer, {2}, ["### End"])
 
 
+def test_a_stop_string_that_never_comes_up_is_refused(tokenizer):
+    check_stop(tokenizer, ["<|im_end|>", "<|im_", "### End", "im_end"], special_tokens_in_text=False)
+    for stop in ("<|im_start|>user", "\n<|im_end|>"):
+        with pytest.raises(ValueError, match="stop .* would never come up: '<.im_.*Set .sampling. special_tokens"):
+            check_stop(tokenizer, ["x", stop], special_tokens_in_text=False)
+        check_stop(tokenizer, ["x", stop], special_tokens_in_text=True)
+
+
+# As Llama 3's ask for it.
+DATED = "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}Today is {{ day }}.\n" + PLAIN
+
+
+def test_a_template_that_asks_for_the_date_is_told_which_it_is_or_refused(tokenizer):
+    tokenizer.chat_template = DATED
+    with pytest.raises(ValueError, match=r'line 1: it asks for today.s date, .* \[data\] date = "20\d\d-\d\d-\d\d"'):
+        ChatTemplate(tokenizer, {}).encode([row("Why?")])
+    ((text, _),) = ChatTemplate(tokenizer, {}, date="2024-07-26").encode([row("Why?")])
+    assert text.startswith("Today is 26 Jul 2024.\n")
+    ((text, _),) = ChatTemplate(tokenizer, {"day": "doomsday"}).encode([row("Why?")])
+    assert text.startswith("Today is doomsday.\n")
+    with pytest.raises(ValueError, match="reads no date; it reads day, messages"):
+        ChatTemplate(tokenizer, {"date": "2024-07-26"})
+
+
+def test_what_ends_a_completion_is_the_tokenizers_eos_and_the_checkpoints(tokenizer, tmp_path):
+    assert end_ids(tokenizer, CHECKPOINT, 512) == [2, 0]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "eos_token_id": 5}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path, 512) == [2, 5]
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [7, 2]}', encoding="utf-8")
+    assert end_ids(tokenizer, tmp_path, 512) == [2, 7]
+    for content in (b"", b"{", b"[]", b'{"a": "\xff"}', b"[" * 100000):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="^transformers does not read .*generation_config.json: "):
+            end_ids(tokenizer, tmp_path, 512)
+    for value in ('"2"', "[2, -1]", "512", "2.0", "[true]", '{"a": 2}'):
+        file.write_text(f'{{"eos_token_id": {value}}}', encoding="utf-8")
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id .* is not one of the model's 512"):
+            end_ids(tokenizer, tmp_path, 512)
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|nope|>"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="eos_token '<.nope.>' is token 512, but the model's vocabulary has 512"):
+        end_ids(load_tokenizer(folder), folder, 512)
+
+
 def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
     texts = ["What is 12 and 345?", "Na\u00efve\n\n12"]
     check_tokenizer(tokenizer, CHECKPOINT, texts)
@@ -178,8 +233,90 @@ def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
     settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "LlamaTokenizerFast"
     (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    # What transformers applies only if it is asked to.
+    content = json.loads((tmp_path / "llama/tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "cutting").mkdir()
+    (tmp_path / "cutting/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    check_tokenizer(tokenizer, tmp_path / "cutting", texts)
     changed = AutoTokenizer.from_pretrained(tmp_path / "llama")
     with pytest.raises(
         ValueError, match="transformers makes a Llama.* 'What is 12 and 345\\?' gives .* and should give"
     ):
         check_tokenizer(changed, tmp_path / "llama", texts)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", (CHECKPOINT / "tokenizer.json").read_bytes()[:3000]),
+        ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": 3}}'),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"eos_token": 7}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": 5}'),
+        ("added_tokens.json", b"["),
+        ("special_tokens_map.json", b"["),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_error(tmp_path, name, content):
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match="^transformers loads no tokenizer from .*/model: ") as raised:
+        load_tokenizer(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+VALUES = [0, 1, -1, 2, 7, 1e30, None, True, False, "", "x", [], {}, [1], {"a": 1}, 0.5, "<|im_end|>"]
+
+
+def change_a_value(content: Any, rng: random.Random) -> None:
+    """Drops or replaces one value somewhere in parsed JSON."""
+    keys = sorted(content) if isinstance(content, dict) else range(len(content))
+    key = rng.choice([k for k in keys if k != "continuing_subword_prefix"])  # Of this one tokenizers' Rust may abort.
+    if isinstance(content[key], (dict, list)) and content[key] and rng.random() < 0.8:
+        change_a_value(content[key], rng)
+    elif rng.random() < 0.3:
+        del content[key]
+    else:
+        content[key] = rng.choice(VALUES)
+
+
+def mutate(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["drop", "cut", "flip", "value", "value", "value"])
+    if kind == "drop":
+        file.unlink()
+    elif kind == "value":
+        parsed = json.loads(content)
+        change_a_value(parsed, rng)
+        file.write_text(json.dumps(parsed), encoding="utf-8")
+    else:
+        place = rng.randrange(len(content))
+        content[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(content[:place] if kind == "cut" else content)
+
+
+def test_300_mutated_tokenizers_encode_as_their_files_say_or_are_one_error(tmp_path):
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    accepted = refused = 0
+    for number in range(300):
+        rng = random.Random(number)
+        for name in (*names, "config.json"):
+            shutil.copy(CHECKPOINT / name, tmp_path / name)
+        mutate(tmp_path / rng.choice(names), rng)
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+            ((text, ids),) = ChatTemplate(tokenizer, {}, "Be brief.").encode([row("What is 12 and 345?")])
+            check_tokenizer(tokenizer, tmp_path, [text])
+            check_turn_end(tokenizer, ends := end_ids(tokenizer, tmp_path, 512))
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, (number, str(error))
+            refused += 1
+        else:
+            assert ids == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids and 2 in ends, number
+            accepted += 1
+    assert accepted + refused == 300 and 60 < accepted < 150

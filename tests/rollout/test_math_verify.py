@@ -204,7 +204,7 @@ def test_what_cannot_be_judged_in_time_is_worth_0_and_counted(caplog):
     scored = rewards.score([*[sample(text, "x+\\pi") for text in endless], sample("\\sqrt{16}", "4")])
     assert time.monotonic() - start < 60
     assert [result.total for result in scored] == [0.0] * 2 + [1.0]
-    assert rewards.timeouts == 2
+    assert rewards.timeouts == 2 and Rewards({"format": 1.0}, timeout_seconds=1.0).timeouts is None
     assert all(f"'math_verify' is 0 for the answer {ascii(text)[:20]}" in caplog.text for text in endless)
     rewards.close()
 

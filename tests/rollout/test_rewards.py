@@ -53,6 +53,12 @@ def hangs_after_its_number(sample):
     while True:
         pass
 
+async def waits(sample):
+    return 1.0
+
+def pair(one, two):
+    return 1.0
+
 def leaves(sample):
     os._exit(3)
 
@@ -200,6 +206,9 @@ def test_total_is_the_weighted_sum_of_the_parts():
         ({"no_such_module:reward": 1.0}, "'no_such_module:reward' cannot be used: ModuleNotFoundError"),
         ({"users_rewards.missing": 1.0}, "'users_rewards.missing' cannot be used: AttributeError"),
         ({"users_rewards:constant": 1.0}, "constant is int, not a function"),
+        ({"users_rewards:waits": 1.0}, "waits is async: a reward returns its number when it is called"),
+        ({"users_rewards:pair": 1.0}, r"pair\(one, two\) cannot be called with one sample: missing a required"),
+        ({"os:getcwd": 1.0}, r"getcwd\(\) cannot be called with one sample: too many positional"),
         ({"users_rewards:": 1.0}, "'users_rewards:' cannot be used"),
         ({".": 1.0}, "'.' cannot be used"),
     ],

@@ -8,6 +8,7 @@
 import csv
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -105,6 +106,12 @@ def test_answers_may_be_numbers(tmp_path, answer, text):
     assert read(tmp_path / "rows.jsonl") == [("a", text)]
 
 
+def test_a_decimal_number_of_parquet(tmp_path):
+    table = pyarrow.table({"question": ["a"], "answer": [Decimal("2.50")], "hash": [b"x"]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet") == [("a", "2.50")]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_messages_and_nested_fields(tmp_path, ending):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one?"}]
@@ -129,6 +136,7 @@ GOOD = json.dumps(ROWS[0]).encode("ascii") + b"\n"
     [
         (GOOD + b"\n" + b'{"question": "b"}', r"bad.jsonl, line 3 has no 'answer' .*'answer' is not in \['question'\]"),
         (b'{"q": "a", "answer": "1"}', r"line 1 has no 'question'"),
+        (b'{"question": "a", "answer": null}', r"line 1 has nothing as 'answer'"),
         (b'{"question": "a", "answer": true}', r"line 1 has True as 'answer', which is not text"),
         (b'{"question": "a", "answer": ["1"]}', r"line 1 has \['1'\] as 'answer', which is not text"),
         (b'{"question": " ", "answer": "1"}', r"line 1 has an empty 'question'"),
@@ -162,7 +170,9 @@ def test_bad_lines_are_named(tmp_path, content, message):
         ("rows.json", b'[{"question": "a", "answer": "1"}, 5]', "rows.json, row 2 is not an object"),
         ("rows.json", b"[", "rows.json is not JSON"),
         ("rows.csv", b'question,answer\na,1\n"b\n', "rows.csv, line 3 is not CSV"),
-        ("rows.csv", b"question,answer\na,1\nb\n", "rows.csv, line 3 has no 'answer'"),
+        ("rows.csv", b"question,answer\na,1\nb\n", "rows.csv, line 3 has nothing as 'answer'"),
+        ("rows.csv", b"question,answer\na,1\nb, 2 or 3?,1\n", "rows.csv, line 3 has more fields than line 1 has col"),
+        ("rows.csv", b"question,answer,answer\na,1,2\n", "rows.csv, line 1 names the column 'answer' twice"),
         ("rows.csv", "question,answer\na,1\n\u00e4,1\n".encode("latin-1"), "rows.csv, line 3 is not UTF-8"),
     ],
 )

@@ -339,5 +339,5 @@ def test_a_transport_that_cannot_reach_is_refused(tmp_path):
     check_transport(config)
     (tmp_path / "taken").write_text("")
     config.weight_sync.transport, config.weight_sync.folder = "file", str(tmp_path / "taken" / "weights")
-    with pytest.raises(ValueError, match="weights cannot be made: .*taken is not a folder to write in"):
+    with pytest.raises(ValueError, match="weights cannot be written in: .*taken: Not a directory"):
         check_transport(config)

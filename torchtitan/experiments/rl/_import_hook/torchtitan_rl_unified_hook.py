@@ -19,8 +19,22 @@ import sys
 PACKAGE = "torchtitan.experiments.rl"
 
 
+def another_torchtitan(folder: str) -> str:
+    """What is wrong if `folder`, which torchtitan is found in, is not this environment's own; empty: nothing is.
+
+    PYTHONPATH and the working directory come before an environment's packages.
+    """
+    import os
+    import sysconfig
+
+    own = os.path.join(sysconfig.get_paths()["purelib"], "torchtitan")
+    if not os.path.isdir(own) or os.path.realpath(folder) == os.path.realpath(own):
+        return ""
+    return f"PYTHONPATH or the working directory puts {folder} in front of {own}, which this was installed with"
+
+
 class _Finder:
-    """Finds `PACKAGE` in the folder above this file, and nothing else."""
+    """Finds `PACKAGE` in the folder above this file, and nothing else; not beside another torchtitan."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -29,6 +43,8 @@ class _Finder:
         import os
         from importlib.util import spec_from_file_location
 
+        if problem := another_torchtitan(sys.modules["torchtitan"].__path__[0]):
+            raise ImportError(problem)
         folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         return spec_from_file_location(name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
 

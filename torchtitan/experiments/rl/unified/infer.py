@@ -13,13 +13,19 @@ import argparse
 import functools
 import sys
 
-import torch
-from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
-from torchtitan.experiments.rl.unified.config.environment import prepare_environment
-from torchtitan.experiments.rl.unified.devices import this_device
-from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
-from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
-from torchtitan.experiments.rl.unified.families.tensors import check_weights
+try:
+    import torch
+    from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
+    from torchtitan.experiments.rl.unified.config.checks import environment_problems
+    from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+    from torchtitan.experiments.rl.unified.devices import this_device
+    from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
+    from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
+    from torchtitan.experiments.rl.unified.families.tensors import check_weights
+except ImportError as error:  # As of an environment that is not what set-up made.
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; set-up is bash scripts/setup_env.sh")
 
 
 def parse_args(args: list[str]) -> argparse.Namespace:
@@ -62,9 +68,11 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
-    from transformers import AutoTokenizer
+    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    check_tokenizer(tokenizer, checkpoint, [args.prompt])
+    end_ids(tokenizer, checkpoint, model.geometry.vocabulary)
     prompt = args.prompt
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
@@ -127,6 +135,8 @@ def main(args: list[str]) -> int:
     """Prints prompt and text; exit status 1 with one line of error for bad input."""
     prepare_environment()
     try:
+        if problems := list(environment_problems()):
+            raise ValueError("; ".join(problems))
         prompt, text = generate(parse_args(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -98,12 +98,14 @@ class Scored:
         advantages: fp32 (trajectories,).
         asked: (prompt, reference answer) of each.
         without_signal: share of the groups whose rewards are all equal.
+        timeouts: samples that got 0 because a reward was not done with them in time; None: no reward does that.
     """
 
     rewards: list[RewardResult]
     advantages: torch.Tensor
     asked: list[tuple[str, str]]
     without_signal: float = 0.0
+    timeouts: int | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def run(args: list[str], dry: bool) -> str:
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if dry:
-            return ""
+            return f"{'a completion ends':<32}{job.completion_ends}"
         with ends_in_order(config.supervision.grace_seconds) as signals:
             try:
                 return asyncio.run(run_job(config, job.task, job.evaluation))

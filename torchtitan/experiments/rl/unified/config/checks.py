@@ -5,7 +5,9 @@
 
 """What contradicts itself among the keys of a job config, or cannot teach the policy anything. Loads no torch."""
 
+import datetime
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Set
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +55,28 @@ def cores_of(text: str) -> list[int]:
     return cores
 
 
+def not_writable(folder: str | Path) -> str:
+    """Why `folder`, which need not be there yet, cannot be written in; empty: it can. Leaves nothing behind."""
+    folder = Path(folder).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".probe"):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written in: {existing}: {error.strerror}"
+
+
+def _outputs(config: Any) -> Iterator[str]:
+    if not config.job.dump_folder:
+        yield '[job] dump_folder is empty: name a folder for what the run leaves, such as "outputs/first"'
+    elif problem := not_writable(config.job.dump_folder):
+        yield f"[job] dump_folder {problem}"
+    for section, key in (("checkpoint", "folder"), ("metrics", "save_tb_folder"), ("comm", "save_traces_folder")):
+        name = Path(getattr(getattr(config, section), key))
+        if name.is_absolute() or not name.parts or ".." in name.parts:
+            yield f"[{section}] {key} = {str(name)!r}: it must be the name of a folder inside of [job] dump_folder"
+
+
 def _batch(config: Any) -> Iterator[str]:
     degrees = config.parallelism
     # As trainer ranks share it: a shard degree of -1 is 1 here.
@@ -77,6 +101,13 @@ def _room(config: Any) -> Iterator[str]:
 def _stop(config: Any) -> Iterator[str]:
     if "" in config.sampling.stop:
         yield "[sampling] stop has an empty string, which every completion would end at: leave it out"
+
+
+def _date(config: Any) -> Iterator[str]:
+    try:
+        datetime.date.fromisoformat(config.data.date or "2000-01-01")
+    except ValueError as error:
+        yield f'[data] date = {config.data.date!r}: {error}; a day is written "{datetime.date.today()}"'
 
 
 def _learnable(config: Any) -> Iterator[str]:
@@ -191,6 +222,19 @@ def _same_arithmetic(config: Any) -> Iterator[str]:
         yield 'VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"'
 
 
+def environment_problems() -> Iterator[str]:
+    """What the environment asks of vLLM that no engine here can do."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        yield (
+            f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: log-probs of vLLM's other runner are "
+            "not the trainer's; unset it"
+        )
+
+
+def _environment(config: Any) -> Iterator[str]:
+    yield from environment_problems()
+
+
 def _wandb(config: Any) -> Iterator[str]:
     if config.metrics.enable_wandb and find_spec("wandb") is None:
         yield "[metrics] enable_wandb: there is no package wandb; install it (pip install wandb) or turn it off"
@@ -198,9 +242,11 @@ def _wandb(config: Any) -> Iterator[str]:
 
 # The keys and sections that each of them reads.
 CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
+    _outputs: ("job.dump_folder", "checkpoint.folder", "metrics.save_tb_folder", "comm.save_traces_folder"),
     _batch: ("rl.prompts_per_step", "rl.group_size", "parallelism.data_parallel"),
     _room: ("training.seq_len", "sampling.max_tokens"),
     _stop: ("sampling.stop",),
+    _date: ("data.date",),
     _learnable: ("rl.group_size", "sampling.temperature", "sampling.top_k"),
     _rewards: ("reward.weights",),
     _evaluation: ("evaluation", "training.dataset_path"),
@@ -214,5 +260,6 @@ CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
         *("training.mixed_precision_param", "generator.dtype", "parity.check"),
         *("parallelism.tensor_parallel", "generator.tensor_parallel"),
     ),
+    _environment: (),
     _wandb: ("metrics.enable_wandb",),
 }

@@ -136,6 +136,7 @@ FIXED = {
     "data.system_prompt": _POSITION,
     "data.template_kwargs": _POSITION,
     "data.special_tokens_in_text": _POSITION,
+    "data.date": _POSITION,
 }
 
 # A section's name stands for all of its keys.
@@ -149,6 +150,7 @@ APPLIED = (
     *("optimizer.lr", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay"),
     "optimizer.implementation",
     *("rl.microbatch_tokens", "rl.log_samples", "rl.record_replay", "sampling.max_tokens", "sampling.stop"),
+    "sampling.special_tokens_in_text",
     *("policy_loss.clip_low", "policy_loss.clip_high", "policy_loss.kl_weight", "policy_loss.tis_cap"),
     *("generator.replicas", "generator.tensor_parallel_degree", "generator.kv_cache_gib", "generator.block_size"),
     *("generator.max_num_seqs", "generator.max_num_batched_tokens", "generator.enable_prefix_caching"),

@@ -27,6 +27,9 @@ PATHS = (
     *(("training", "dataset_path"), ("evaluation", "dataset_path")),
 )
 
+# Keys that name a folder, which may begin with "~".
+FOLDERS = (("job", "dump_folder"), ("checkpoint", "initial_load_path"), ("weight_sync", "folder"))
+
 
 @dataclass
 class Model(sections.Model, TitanModel):
@@ -61,6 +64,9 @@ def load_job_config(args: list[str]) -> JobConfig:
     for section, key in PATHS:
         if path := getattr(getattr(config, section), key):
             setattr(getattr(config, section), key, resolve_path(path))
+    for section, key in FOLDERS:
+        if path := getattr(getattr(config, section), key):
+            setattr(getattr(config, section), key, os.path.expanduser(path))
     weights = config.model.hf_assets_path
     if weights and (model := directory_of_model(weights)) != weights:
         config.model.hf_assets_path = model

@@ -91,7 +91,7 @@ def _path(flag: str) -> str:
 def _read_file(name: str, keys: dict[str, Key], parsed: Parsed) -> dict[str, Any]:
     try:
         with open(name, "rb") as file:
-            values = tomllib.load(file)
+            values = tomllib.loads(file.read().decode("utf-8-sig"))
     except OSError as error:
         parsed.problems.append(f"job config {name}: {error.strerror}; give an existing file to --{_CONFIG_FILE}")
     except (ValueError, RecursionError) as error:
@@ -205,10 +205,19 @@ def _toml(word: str) -> Any:
     return table["value"] if len(table) == 1 else None
 
 
+def _is_text(value: Any) -> bool:
+    """Whether no text in a value has half a character, as arguments that are not UTF-8 have: no file could hold it."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_text, [*value, *(value.values() if isinstance(value, dict) else ())]))
+    return not isinstance(value, str) or not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+
+
 def _check(key: Key, value: Any) -> str:
     """What is wrong with a key's value; empty: nothing."""
     if not fits(value, key.hint):
         return f"but it must be {describe(key.hint)}"
+    if not _is_text(value):
+        return "but it must be UTF-8 text"
     if key.refused and value != key.default and not (key.path in SAME and value == SAME[key.path]):
         return f"which this trainer does not honour: {key.refused}"
     for number in numbers(value):

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torchtitan_rl_unified_hook import another_torchtitan
+
 from .keys import REFUSED
 from .ranges import Range, TORCHTITAN
 
@@ -109,6 +111,8 @@ def titan_source() -> Path:
     spec = find_spec("torchtitan")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the package torchtitan is not installed in this Python: run bash scripts/setup_env.sh")
+    if problem := another_torchtitan(spec.submodule_search_locations[0]):
+        raise ValueError(problem)
     for folder in spec.submodule_search_locations:
         if (path := Path(folder) / "config" / "job_config.py").exists():
             return path

@@ -57,6 +57,10 @@ class Data:
     special_tokens_in_text: bool = False
     """The name of a special token in a question or in system_prompt is that token; else it is text, as all the rest"""
 
+    date: str = ""
+    """The day that a chat template gets when it asks for today's, such as "2026-11-26"; empty: one that asks is
+    refused, as its prompts would be others tomorrow"""
+
 
 @dataclass
 class Sampling:
@@ -74,7 +78,11 @@ class Sampling:
 
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion, beside every EOS of generation_config.json. Its text ends before them; the tokens
-    they were sampled in belong to it, for the loss too"""
+    they were sampled in belong to it, for the loss too. The name of a special token is that token, sampled"""
+
+    special_tokens_in_text: bool = False
+    """A completion's text, as rewards and stop strings see it, has the names of the special tokens in it (but for the
+    one that ended it); else they are left out"""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.controller.calls import answer, stop
 from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores
-from torchtitan.experiments.rl.unified.errors import ProcessLost, WeightTransferError
+from torchtitan.experiments.rl.unified.errors import ActorFailed, ProcessLost, WeightTransferError
 from torchtitan.experiments.rl.unified.generator.actor import GeneratorActor
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 
@@ -90,6 +90,9 @@ class Replica:
                 raise
             except Exception as error:
                 await self.stop()
+                # Of several ranks one may have been killed; one alone that raises would do so again.
+                if isinstance(error, ActorFailed) and self.config.generator.tensor_parallel_degree == 1:
+                    raise ActorFailed(f"{self.name} failed: {error}") from error
                 if self._restarts == self.config.supervision.max_restarts:
                     raise ProcessLost(
                         f"{self.name} failed and [supervision] max_restarts = {self._restarts} is used up: {error}"

@@ -27,6 +27,8 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+# No model has more; what has would be built for hours.
+_MOST, _MOST_LAYERS = 2**24, 2**12
 # Without these transformers would take another model's.
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _USED = ("model_type", "rms_norm_eps", "tie_word_embeddings", "dtype", "eos_token_id")
@@ -112,6 +114,10 @@ def read_config(path: str | Path, model_types: Mapping[str, Family]) -> dict[str
         if missing := [name for name in _NEEDED if raw.get(name) is None]:
             raise ValueError(f"it lacks {', '.join(missing)}: is it complete?")
         own = model_types[model_type].own_fields.get(model_type, OwnFields())
+        for name in (name for name in raw if name in (*_SIZES, *own.sizes)):
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+            if isinstance(raw[name], (int, float)) and raw[name] > most:
+                raise ValueError(f"{name} = {_short(raw[name])}: no model has more than {most}")
         return _checked(raw, _through_transformers(path), own)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any, TYPE_CHECKING
 
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint
-from torchtitan.experiments.rl.unified.generator.plugin import architecture, ENGINE_VARIABLE
+from torchtitan.experiments.rl.unified.generator.plugin import architecture, ENGINE_VARIABLE, PLUGIN
 from torchtitan.experiments.rl.unified.generator.worker import PolicyWorker
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def prepare_process(tensor_parallel_degree: int, batch_invariant: bool, num_thre
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ["VLLM_BATCH_INVARIANT"] = "1" if batch_invariant else "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # A list of plugins that vLLM is to load would keep it from this package's; "" is such a list, too.
+    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None:
+        os.environ["VLLM_PLUGINS"] = f"{plugins},{PLUGIN}" if plugins else PLUGIN
     # Nothing here runs long enough to earn back what torch.compile costs, and compiled code has bits of its own.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.update(this_device().engine_environment(tensor_parallel_degree, num_threads))

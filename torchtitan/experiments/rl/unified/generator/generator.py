@@ -6,7 +6,7 @@
 """The policy's generator: vLLM's engine in this process, with weights that can be replaced in place."""
 
 import pickle
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import torch
 from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
@@ -15,9 +15,6 @@ from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.generator.engine import build_engine
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
-
-if TYPE_CHECKING:
-    pass
 
 
 class Generator:
@@ -53,6 +50,8 @@ class Generator:
             max_num_batched_tokens=generator.max_num_batched_tokens,
             enable_prefix_caching=generator.enable_prefix_caching,
         )
+        known = self.engine.get_tokenizer().added_tokens_decoder
+        self._special = {token.content: number for number, token in known.items() if token.special}
 
     def generate(self, requests: list[Request]) -> list[Trajectory]:
         """Samples one completion for each request, in the requests' order.
@@ -76,6 +75,8 @@ class Generator:
                     top_k=sampling.top_k,
                     max_tokens=sampling.max_tokens,
                     stop=sampling.stop,
+                    stop_token_ids=[self._special[text] for text in sampling.stop if text in self._special],
+                    skip_special_tokens=not sampling.special_tokens_in_text,
                     seed=request.seed,
                     logprobs=0,
                 )

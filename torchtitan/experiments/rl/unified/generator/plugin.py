@@ -13,6 +13,8 @@ from pathlib import Path
 
 _PACKAGE = "torchtitan.experiments.rl.unified"
 
+# This plugin's name among vLLM's, in pyproject.toml.
+PLUGIN = "torchtitan_rl_unified"
 # Set by `build_engine` for the processes of its engine.
 ENGINE_VARIABLE = "TORCHTITAN_RL_ENGINE"
 

@@ -27,6 +27,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.record.owner import check_free
+from torchtitan.experiments.rl.unified.record.run import goes_on
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
@@ -44,12 +45,14 @@ class Job:
     Attributes:
         task: its prompts and rewards.
         evaluation: its held-out problems.
+        completion_ends: when one does, in words.
         warnings: what is allowed and hardly meant, slow or tight; and what a resume changes.
     """
 
     config: JobConfig
     task: Task
     evaluation: Evaluation
+    completion_ends: str
     warnings: list[str]
 
     def close(self) -> None:
@@ -85,14 +88,13 @@ def check(config: JobConfig) -> Job:
         estimate = passes(estimate_job)
     if checkpoint:
         passes(check_resume) and passes(check_settings)
-    passes(lambda job: check_free(Path(job.job.dump_folder)))
+    passes(lambda job: goes_on(job) and None) and passes(lambda job: check_free(Path(job.job.dump_folder)))
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)
     task = checkpoint and passes(Task)
     evaluation = checkpoint and passes(Evaluation)
-    if task:
-        passes(lambda job: check_tokens(job, task))
+    ends = task and passes(lambda job: check_tokens(job, task))
     if not task:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
@@ -105,7 +107,7 @@ def check(config: JobConfig) -> Job:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
     said = [*warnings(config), *lost_updates(config), *changed_settings(config), *estimate.warnings()]
-    return Job(config, task, evaluation, said)
+    return Job(config, task, evaluation, ends, said)
 
 
 def _read_rows(config: JobConfig) -> None:

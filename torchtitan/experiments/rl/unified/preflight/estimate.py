@@ -161,13 +161,13 @@ def count_parameters(config: JobConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def checkpoint_steps(config: JobConfig) -> list[int]:
-    """Steps after which a checkpoint is written."""
+def checkpoint_count(config: JobConfig) -> int:
+    """How many checkpoints a job writes: every `interval` steps, after the last, and after the first if it says so."""
     settings, last = config.checkpoint, config.training.steps
     if not settings.enable or settings.load_only:
-        return []
-    first = {1} if settings.enable_first_step_checkpoint else set()
-    return sorted({*range(settings.interval, last + 1, settings.interval), last} | first)
+        return 0
+    first = settings.enable_first_step_checkpoint and 1 < min(settings.interval, last)
+    return -(-last // settings.interval) + first
 
 
 def machine_memory() -> int:
@@ -257,17 +257,15 @@ def _layout(config: JobConfig) -> str:
 
 
 def _facts(config: JobConfig, parameters: int) -> list[tuple[str, str]]:
-    rl, sampling, steps = config.rl, config.sampling, checkpoint_steps(config)
+    rl, sampling, saves = config.rl, config.sampling, checkpoint_count(config)
     completions = rl.prompts_per_step * rl.group_size
     prompt = config.training.seq_len - sampling.max_tokens
     device = this_device().name.upper()
-    if steps:
+    if saves:
         kept = config.checkpoint.keep_latest_k
         size = parameters * getattr(torch, config.training.dtype).itemsize * 3
         often = f"every {config.checkpoint.interval} steps and after the last"
-        saved = f"{len(steps)}, {often}, about {_gib(size)} each, " + (
-            f"the newest {kept} kept" if kept else "all kept"
-        )
+        saved = f"{saves}, {often}, about {_gib(size)} each, " + (f"the newest {kept} kept" if kept else "all kept")
     else:
         saved = "none: the run cannot be resumed or replayed ([checkpoint] enable)"
     return [

@@ -100,6 +100,10 @@ def check_vocabulary(config: JobConfig) -> None:
         raise ValueError(
             f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {sizes.vocabulary} tokens; 0 is off"
         )
+    try:
+        this_device().check_block_size(config.generator.block_size)
+    except ValueError as error:
+        raise ValueError(f"[generator] {error}") from None
     engine, blocks = config.generator, math.ceil(config.training.seq_len / config.generator.block_size)
     itemsize, heads = getattr(torch, engine.dtype).itemsize, max(1, sizes.kv_heads // engine.tensor_parallel_degree)
     needed = blocks * engine.block_size * sizes.layers * 2 * heads * sizes.head_size * itemsize / 2**30

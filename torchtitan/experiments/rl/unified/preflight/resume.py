@@ -49,9 +49,17 @@ def changed_settings(config: JobConfig) -> list[str]:
 def _changes(config: JobConfig) -> Iterator[tuple[str, Any, Any]]:
     """Path, old and new value of each key that the job sets otherwise than the run whose state it takes over."""
     run = _run_before(config)
-    if run is None or not (file := run / "config.toml").exists():
+    if run is None:
         return
-    old, new = tomllib.loads(file.read_text(encoding="utf-8")), toml_values(config)
+    file = run / "config.toml"
+    try:
+        old = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}, which says what the run was that this one goes on with, cannot be read ({error}): put it back, "
+            "or begin another run ([job] dump_folder) with this one's weights: [checkpoint] initial_load_path"
+        ) from None
+    new = toml_values(config)
     for path, key in keys_of(JobConfig).items():
         # A key that the file has not was None, or there was none: its default then.
         before, now = (_at(values, path, key.default) for values in (old, new))
@@ -64,8 +72,10 @@ def _run_before(config: JobConfig) -> Path | None:
     settings = config.checkpoint
     if find_start(config).saved:
         return Path(config.job.dump_folder)
-    if settings.initial_load_path and not settings.initial_load_model_only:
-        return Path(settings.initial_load_path).absolute().parent.parent
+    path = Path(settings.initial_load_path or "").absolute()
+    # Exported weights have no trainer state.
+    if settings.initial_load_path and not settings.initial_load_model_only and (path / ".metadata").exists():
+        return path.parent.parent
     return None
 
 

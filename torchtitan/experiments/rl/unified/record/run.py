@@ -137,17 +137,25 @@ class RunRecord:
         return loggers
 
 
-def set_aside(config: JobConfig) -> Path | None:
-    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name.
+def goes_on(config: JobConfig) -> bool:
+    """Whether the job goes on with the run in its folder, if there is one.
 
     Raises:
-        ValueError: this one goes on with it, and its metrics or samples cannot be read (names file and line).
+        ValueError: it does, and that run's metrics or samples cannot be read (names file and line).
     """
     folder = Path(config.job.dump_folder)
-    if config.checkpoint.enable and (folder / config.checkpoint.folder).exists():
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            for _ in jsonl.read(folder / name):
-                pass
+    if not config.checkpoint.enable or not (folder / config.checkpoint.folder).exists():
+        return False
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for _ in jsonl.read(folder / name):
+            pass
+    return True
+
+
+def set_aside(config: JobConfig) -> Path | None:
+    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name."""
+    folder = Path(config.job.dump_folder)
+    if goes_on(config):
         return None
     if not (folder / "metrics.jsonl").exists():
         return None

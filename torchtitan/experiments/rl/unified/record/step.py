@@ -66,6 +66,7 @@ class StepRecord:
             "max_logprob_difference": parity.max_difference,
             **sum((r.stats for r in results), start=TokenStats()).means(),
             "groups_without_signal": scored.without_signal,
+            **({} if scored.timeouts is None else {"reward_timeouts": scored.timeouts}),
             "advantage_std": float(scored.advantages.std(correction=0)),
             "completion_tokens_mean": sum(lengths) / len(lengths),
             "completion_tokens_max": max(lengths),

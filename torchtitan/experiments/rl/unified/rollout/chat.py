@@ -6,24 +6,22 @@
 """Conversations to tokens by a checkpoint's chat template, and what template and tokenizer can be wrong about."""
 
 import ctypes
+import datetime
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.meta
-from tokenizers import Tokenizer
 from torchtitan.experiments.rl.unified.rollout.rows import Row
+from torchtitan.experiments.rl.unified.tokenizer import special_tokens
 from transformers import PreTrainedTokenizerBase
 
 # Longest time for one row; a template is a program, and may not end.
 RENDER_SECONDS = 5.0
-# Marks in the text of a row where a special token is cut in two. Of the private use area: no text has it.
-_CUT = "\ue9d3"
-
-Messages = Sequence[dict[str, str]]
+# What marks in a text where a special token is cut in two is one of the private use area that the text has not.
+_PRIVATE = range(0xE000, 0xF900)
 
 
 class ChatTemplate:
@@ -34,6 +32,7 @@ class ChatTemplate:
         arguments: more of its arguments, such as Qwen3's ``enable_thinking``.
         system_prompt: a system message to put before each conversation; empty: none.
         special_tokens_in_text: a special token's name in a row is the token, not text.
+        date: the day, in ISO format, that the template gets when it asks for today's; empty: one that asks is refused.
 
     Raises:
         ValueError: no template, or it does not read one of the arguments.
@@ -45,14 +44,19 @@ class ChatTemplate:
         arguments: dict[str, Any],
         system_prompt: str = "",
         special_tokens_in_text: bool = False,
+        date: str = "",
     ) -> None:
-        self.tokenizer, self.arguments, self.system_prompt = tokenizer, arguments, system_prompt
+        self.tokenizer, self.system_prompt, self.date = tokenizer, system_prompt, date
+        # transformers gives a template the clock under this name.
+        self.arguments = {"strftime_now": self._strftime_now, **arguments}
         if not tokenizer.chat_template:
             raise ValueError(f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template.")
         names = [] if special_tokens_in_text else special_tokens(tokenizer)
         self._special = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"\b\B"
         )
+        if given := {"messages", "add_generation_prompt"} & set(arguments):
+            raise ValueError(f"[data] template_kwargs: {', '.join(sorted(given))} is what the job itself sets")
         known = _variables(tokenizer)
         if unread := sorted(set(arguments) - known):
             raise ValueError(
@@ -66,7 +70,7 @@ class ChatTemplate:
         Raises:
             ValueError: the template fails on a row, takes too long, or leaves out what it was given.
         """
-        texts: list[str] = []
+        texts: list[tuple[str, str]] = []
         failures: list[Exception] = []
 
         def work() -> None:
@@ -85,20 +89,25 @@ class ChatTemplate:
                 f"the tokenizer's chat template fails on {rows[len(texts)].place}: {error}; look at [data] "
                 "system_prompt and template_kwargs"
             ) from (failures[0] if failures else None)
-        uncut = [text.replace(_CUT, "") for text in texts]
+        uncut = [text.replace(mark, "") for text, mark in texts]
         encoded = self.tokenizer(uncut, add_special_tokens=False)["input_ids"]
-        for index, text in enumerate(texts):
-            if _CUT in text:
-                pieces = self.tokenizer(text.split(_CUT), add_special_tokens=False)["input_ids"]
+        for index, (text, mark) in enumerate(texts):
+            if mark in text:
+                pieces = self.tokenizer(text.split(mark), add_special_tokens=False)["input_ids"]
                 encoded[index] = [token for piece in pieces for token in piece]
         return list(zip(uncut, encoded, strict=True))
 
-    def _render(self, row: Row) -> str:
-        messages = [{**message, "content": self._cut(message["content"])} for message in row.messages]
+    def _render(self, row: Row) -> tuple[str, str]:
+        """The row in the template, and the mark where special tokens in its text are cut in two."""
+        messages = [dict(message) for message in row.messages]
         if self.system_prompt:
             if messages[0]["role"] == "system":
                 raise ValueError("the row has a system message of its own beside [data] system_prompt")
-            messages.insert(0, {"role": "system", "content": self._cut(self.system_prompt)})
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        given = "".join(message["content"] for message in messages)
+        mark = next(chr(code) for code in _PRIVATE if chr(code) not in given)
+        for message in messages:
+            message["content"] = self._special.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", message["content"])
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.arguments
         )
@@ -106,16 +115,31 @@ class ChatTemplate:
         for message in messages:
             if message["role"] in ("system", "user") and message["content"].strip() not in text:
                 raise ValueError(f"it leaves out the {message['role']}'s message {ascii(message['content'][:60])}")
-        return text
+        return text, mark
 
-    def _cut(self, text: str) -> str:
-        return self._special.sub(lambda name: f"{name[0][0]}{_CUT}{name[0][1:]}", text)
+    def _strftime_now(self, form: str) -> str:
+        if not self.date:
+            raise ValueError(
+                "it asks for today's date, and would make other prompts tomorrow: say which it is to write, [data] "
+                f'date = "{datetime.date.today()}"'
+            )
+        return datetime.datetime.fromisoformat(self.date).strftime(form)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The names of `tokenizer`'s special tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], special_tokens_in_text: bool) -> None:
+    """Each of the strings that end a completion can come up in its text, or is a special token.
+
+    Raises:
+        ValueError: one has a special token's name in it, which is left out of the text.
+    """
+    names = special_tokens(tokenizer)
+    for text in stop:
+        held = [name for name in names if name in text and name != text]
+        if held and text not in names and not special_tokens_in_text:
+            raise ValueError(
+                f"[sampling] stop {text!r} would never come up: {held[0]!r} in it is a special token, which the text "
+                "of a completion leaves out. Set [sampling] special_tokens_in_text = true, or stop at that token alone"
+            )
 
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], stop: Sequence[str] = ()) -> None:
@@ -151,42 +175,17 @@ def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int],
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Iterable[str]) -> None:
-    """`tokenizer`, as transformers loads it, gives the tokens that the checkpoint's own tokenizer.json gives.
-
-    Args:
-        tokenizer: from AutoTokenizer.
-        path: the checkpoint's directory; one without tokenizer.json has nothing to compare with.
-        texts: to encode with both.
-
-    Raises:
-        ValueError: names the tokenizer's class and the first text that differs.
-    """
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        return
-    own = Tokenizer.from_file(str(file))
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        expected = own.encode(text, add_special_tokens=False).ids
-        if ids != expected:
-            raise ValueError(
-                f"transformers makes a {type(tokenizer).__name__} of {path}, which does not encode as its "
-                f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Set "
-                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
-            )
-
-
 def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The names that the chat template reads and does not set."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    template = tokenizer.get_chat_template()
     try:
+        template = tokenizer.get_chat_template()
         # transformers' environment knows the tags that it adds.
         environment = _compile_jinja_template(template).environment
         return set(jinja2.meta.find_undeclared_variables(environment.parse(template)))
-    except jinja2.TemplateError as error:
+    # ValueError: several templates, none of them the default; TypeError: it is not text.
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} is no template: {error}") from error
 
 

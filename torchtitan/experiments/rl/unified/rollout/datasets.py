@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate
 from torchtitan.experiments.rl.unified.rollout.rows import download_hint, GSM8K_HUB_ID, read_rows
+from torchtitan.experiments.rl.unified.tokenizer import load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 REPOSITORY = Path(__file__).parents[5]
@@ -70,6 +71,7 @@ class PromptDataset:
         system_prompt: A system message to put before each question; empty: none.
         template_kwargs: More arguments of the chat template, such as Qwen3's ``enable_thinking``.
         special_tokens_in_text: A special token's name in a row is that token, not text.
+        date: The day that the template gets when it asks for today's; empty: one that asks is refused.
 
     Raises:
         ValueError: No such dataset or path, no rows or none that fits, a row that cannot be used, a prompt that is too
@@ -91,6 +93,7 @@ class PromptDataset:
         system_prompt: str = "",
         template_kwargs: dict[str, Any] | None = None,
         special_tokens_in_text: bool = False,
+        date: str = "",
     ) -> None:
         if name not in QA_DATASETS:
             known = ", ".join(sorted(QA_DATASETS))
@@ -98,7 +101,7 @@ class PromptDataset:
         where = path or QA_DATASETS[name]
         if not where:
             raise ValueError(f'[training] dataset = "{name}" takes [training] dataset_path, a file or directory')
-        template = ChatTemplate(tokenizer, template_kwargs or {}, system_prompt, special_tokens_in_text)
+        template = ChatTemplate(tokenizer, template_kwargs or {}, system_prompt, special_tokens_in_text, date)
         rows = read_rows(where, split, question_column, answer_column)
         everything = [
             Prompt(i, row.place, 0, text, tuple(ids), row.answer)
@@ -138,8 +141,8 @@ class PromptDataset:
         """
         if state_dict["data"] != self._data:
             raise ValueError(
-                "This position was saved with other data: to resume, keep the data set, [data], tokenizer and seed. (A "
-                "chat template that writes the date makes other prompts each day; [data] template_kwargs may set it.)"
+                "This position was saved with other data: to resume, keep the rows of the data set, the tokenizer, its "
+                "chat template, [data] and the seed"
             )
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
@@ -179,8 +182,6 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
     Raises:
         ValueError: for a dataset, tokenizer or context length that cannot work.
     """
-    from transformers import AutoTokenizer
-
     room = config.training.seq_len - config.sampling.max_tokens
     if room < 1:
         raise ValueError(
@@ -195,7 +196,7 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
                 if held_out
                 else config.training.dataset_path
             ),
-            AutoTokenizer.from_pretrained(config.model.hf_assets_path),
+            load_tokenizer(config.model.hf_assets_path),
             seed=config.evaluation.seed if held_out else config.debug.seed,
             split="test" if held_out else "train",
             question_column=config.data.question_column,
@@ -205,6 +206,7 @@ def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:
             system_prompt=config.data.system_prompt,
             template_kwargs=config.data.template_kwargs,
             special_tokens_in_text=config.data.special_tokens_in_text,
+            date=config.data.date,
         )
     except ValueError as error:
         if "longer than" in str(error):

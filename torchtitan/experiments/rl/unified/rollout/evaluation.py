@@ -34,7 +34,10 @@ class Evaluation:
             return
         prompts = load_prompts(config, held_out=True)
         self.problems = prompts.next_batch(min(self.config.problems or len(prompts.prompts), len(prompts.prompts)))
-        self.rewards = Rewards({self.config.reward: 1.0}, config.reward.timeout_seconds)
+        try:
+            self.rewards = Rewards({self.config.reward: 1.0}, config.reward.timeout_seconds)
+        except ValueError as error:
+            raise ValueError(f"[evaluation] reward: {str(error).removeprefix('[reward.weights] ')}") from error
         self.rewards.check_answers((problem.place, problem.answer) for problem in self.problems)
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _values(path: str, split: str, columns: list[str]) -> Iterator[tuple[str, An
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError(f"{file} is UTF-16 text; make it UTF-8: iconv -f UTF-16 -t UTF-8 {file.name}")
         read = {"jsonl": _from_lines, "json": _from_array, "csv": _from_csv}[ending.removesuffix(".gz")]
-        yield from read(file, raw.removeprefix(b"\xef\xbb\xbf"))
+        yield from read(file, raw.removeprefix(b"\xef\xbb\xbf"), columns)
 
 
 def _from_dataset(path: str, dataset: Dataset, columns: list[str]) -> Iterator[tuple[str, Any]]:
@@ -145,13 +146,13 @@ def _from_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", row
 
 
-def _from_lines(file: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+def _from_lines(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
             yield f"{file}, line {number}", _parse(line)
 
 
-def _from_array(file: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+def _from_array(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str, Any]]:
     rows = _parse(raw)
     if not isinstance(rows, list):
         problem = rows if isinstance(rows, ValueError) else "is not an array of rows"
@@ -160,11 +161,19 @@ def _from_array(file: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", row
 
 
-def _from_csv(file: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+def _from_csv(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str, Any]]:
     try:
         reader = csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""), strict=True)
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1} & set(columns)):
+            raise ValueError(f"{file}, line 1 names the column {twice[0]!r} twice")
         for row in reader:
-            yield f"{file}, line {reader.line_num}", row
+            place = f"{file}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(
+                    f"{place} has more fields than line 1 has columns ({len(names)}): text with a comma takes quotes"
+                )
+            yield place, row
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}, line {line} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
@@ -189,7 +198,9 @@ def _field(place: str, row: Any, column: str) -> Any:
         raise ValueError(f"{place} is not an object with columns")
     value: Any = row
     for name in [column] if column in row else column.split("."):
-        if not isinstance(value, dict) or value.get(name) is None:
+        if isinstance(value, dict) and name in value and value[name] is None:
+            raise ValueError(f"{place} has nothing as {column!r}")
+        if not isinstance(value, dict) or name not in value:
             known = sorted(map(str, value)) if isinstance(value, dict) else "none"
             raise ValueError(f"{place} has no {column!r} ([data] names the columns); {name!r} is not in {known}")
         value = value[name]
@@ -197,7 +208,7 @@ def _field(place: str, row: Any, column: str) -> Any:
 
 
 def _text(place: str, column: str, value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{place} has {repr(value)[:80]} as {column!r}, which is not text")

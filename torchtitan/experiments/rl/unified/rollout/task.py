@@ -56,13 +56,15 @@ class Task:
         """Rewards and advantages of the completions of one step's requests, in their order."""
         asked = [self._prompts[trajectory.request.row] for trajectory in trajectories]
         inputs = reward_inputs(asked, trajectories, self.config.sampling.max_tokens)
+        before = self.rewards.timeouts
         rewards = self.rewards.score(inputs)
+        timeouts = None if before is None else self.rewards.timeouts - before
         if self.config.rl.truncated_completions == "zero_reward":
             # Being cut off must not raise a reward, either: a penalty (soft_overlong) stays.
             rewards = [replace(r, total=min(r.total, 0.0)) if t.truncated else r for r, t in zip(rewards, trajectories)]
         rewards_PG = torch.tensor([r.total for r in rewards]).view(-1, self.config.rl.group_size)
         asked = [(i.prompt, i.answer) for i in inputs]
-        return Scored(rewards, self.estimate(rewards_PG).flatten(), asked, share_without_signal(rewards_PG))
+        return Scored(rewards, self.estimate(rewards_PG).flatten(), asked, share_without_signal(rewards_PG), timeouts)
 
     def _request(self, prompt: Prompt, sample: int) -> Request:
         uid = f"epoch {prompt.epoch} row {prompt.row}"

@@ -5,9 +5,9 @@
 
 """Whether a job's hosts can reach each other by its transport."""
 
-import os
 import socket
 
+from torchtitan.experiments.rl.unified.config.checks import not_writable
 from torchtitan.experiments.rl.unified.config.derived import host_name, trainer_ranks, update_folder
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
@@ -48,10 +48,8 @@ def check_transport(config: JobConfig) -> None:
         except RuntimeError as error:
             raise ValueError(f'[weight_sync] transport = "vllm_nccl": {error}') from error
     if config.weight_sync.transport == "file":
-        folder = update_folder(config)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"[weight_sync] folder {folder} cannot be made: {existing} is not a folder to write in")
+        if problem := not_writable(update_folder(config)):
+            raise ValueError(f"[weight_sync] folder {problem}")
 
 
 def _host(address: str) -> str:

@@ -50,6 +50,10 @@ class Cpu(Device):
 
         check_heads(self.name, attention.HEAD_SIZES, attention.DTYPES, head_size, num_heads, num_kv_heads, dtype)
 
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % 32:
+            raise ValueError(f"block_size {block_size}: the paged kernel on a CPU has blocks of a multiple of 32")
+
     def packed_forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         from torchtitan.experiments.rl.unified.devices.cpu import attention
 

@@ -55,6 +55,10 @@ class Cuda(Device):
         check_heads(self.name, packed.HEAD_SIZES, packed.DTYPES, head_size, num_heads, num_kv_heads, dtype)
         packed.check_device()
 
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % 16:
+            raise ValueError(f"block_size {block_size}: FlashAttention has blocks of a multiple of 16 tokens")
+
     def packed_forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         from torchtitan.experiments.rl.unified.devices.cuda import packed
 

@@ -68,6 +68,7 @@ CHARTS: list[tuple[str, str, dict[str, str]]] = [
             "mismatched_tokens": "with other bits",
         },
     ),
+    ("Rewards that took too long", "line", {"reward_timeouts": "samples that got 0"}),
     ("Staleness", "line", {"staleness_max": "oldest, in versions"}),
     (
         "Stale tokens",

@@ -63,9 +63,9 @@ class Rewards:
         self._rewards = {name: _find(name, timeout_seconds) for name in weights}
 
     @property
-    def timeouts(self) -> int:
-        """Samples so far that got 0 from "math_verify" because it was not done with them in time."""
-        return sum(reward.timeouts for reward in self._rewards.values() if isinstance(reward, MathVerify))
+    def timeouts(self) -> int | None:
+        """Samples so far that got 0 from "math_verify" because it was not done with them in time; None without it."""
+        return next((reward.timeouts for reward in self._rewards.values() if isinstance(reward, MathVerify)), None)
 
     def check_answers(self, answers: Iterable[tuple[str, str]]) -> None:
         """Each reference answer can be matched by some completion.

@@ -11,6 +11,7 @@ without.
 
 import faulthandler
 import importlib
+import inspect
 import numbers
 import runpy
 import signal
@@ -50,6 +51,16 @@ def _load(path: str) -> Callable[[Any], float]:
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{name} is {type(function).__name__}, not a function")
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is async: a reward returns its number when it is called")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # Some that are written in C do not say what they take.
+        return function
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(f"{name}{signature} cannot be called with one sample: {error}") from None
     return function
 
 
