@@ -5,16 +5,21 @@
 
 """The policy's generator: vLLM's engine in this process, with weights that can be replaced in place."""
 
+import functools
 import pickle
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.config.sections import Sampling
 from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.generator.engine import build_engine
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput
 
 
 class Generator:
@@ -50,7 +55,8 @@ class Generator:
             max_num_batched_tokens=generator.max_num_batched_tokens,
             enable_prefix_caching=generator.enable_prefix_caching,
         )
-        known = self.engine.get_tokenizer().added_tokens_decoder
+        self.tokenizer = self.engine.get_tokenizer()
+        known = self.tokenizer.added_tokens_decoder
         self._special = {token.content: number for number, token in known.items() if token.special}
 
     def generate(self, requests: list[Request]) -> list[Trajectory]:
@@ -79,13 +85,17 @@ class Generator:
                     skip_special_tokens=not sampling.special_tokens_in_text,
                     seed=request.seed,
                     logprobs=0,
+                    # No object a token, and no text of one where nothing looks for a stop string in it.
+                    flat_logprobs=True,
+                    detokenize=bool(sampling.stop),
                 )
                 for request, sampling in zip(requests, settings, strict=True)
             ],
             use_tqdm=False,
         )
         self._ask_ranks("check_policy_weights")
-        return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+        sampled = zip(requests, settings, outputs, strict=True)
+        return [self._trajectory(request, sampling, output.outputs[0]) for request, sampling, output in sampled]
 
     def update_weights(self, update: WeightUpdate) -> int:
         """Replaces the engine's weights in place and drops its prefix cache; returns the version it now runs.
@@ -120,17 +130,25 @@ class Generator:
             if complaint:
                 raise WeightTransferError(f"generator rank {rank}: {complaint}")
 
-    def _trajectory(self, request: Request, completion) -> Trajectory:
-        ids = list(completion.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+    def _trajectory(self, request: Request, sampling: Sampling, completion: "CompletionOutput") -> Trajectory:
+        logprobs = completion.logprobs
         return Trajectory(
             request=request,
-            completion_ids=ids,
-            logprobs=torch.tensor(logprobs, dtype=torch.float32),
+            completion_ids=list(completion.token_ids),
+            # Of each position the sampled token's comes first.
+            logprobs=torch.tensor([logprobs.logprobs[start] for start in logprobs.start_indices], dtype=torch.float32),
             policy_version=self.policy_version,
             finish_reason=completion.finish_reason,
-            text=completion.text,
+            text=completion.text if sampling.stop else self._text(request, sampling, completion),
         )
+
+    def _text(self, request: Request, sampling: Sampling, completion: "CompletionOutput") -> str:
+        """A completion without stop strings in words, as vLLM has it: what it adds to the prompt's end, without EOS and
+        without a character that has only begun."""
+        ids, end = list(completion.token_ids), request.prompt_ids[-5:]
+        ids = ids[:-1] if completion.finish_reason == "stop" else ids
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=not sampling.special_tokens_in_text)
+        return decode(end + ids)[len(decode(end)) :].rstrip("\ufffd")
 
 
 def _ranks_on_host(job_config: JobConfig) -> int:
