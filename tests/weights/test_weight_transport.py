@@ -223,29 +223,34 @@ def test_memory_is_allocated_once_and_goes_with_a_killed_sender():
 
 
 def test_files_have_their_name_only_when_complete_and_none_is_left(tmp_path):
-    (tmp_path / "policy-3.part").write_bytes(b"a killed job's")
-    (tmp_path / "policy-2.safetensors").write_bytes(b"a killed job's")
-    (tmp_path / "notes.txt").write_text("the user's")
-    transport = FileTransport(tmp_path, slots=2)
+    transport, other = FileTransport(tmp_path, slots=2, run="/runs/a"), FileTransport(tmp_path, run="/runs/b")
+    for own in ("3.part", "2.safetensors"):
+        (tmp_path / f"{transport.prefix}-{own}").write_bytes(b"this run's, when it was killed")
+    (tmp_path / "policy-7.safetensors").write_text("the user's")
+    other.send(1, weights(tensors()))
 
     def names() -> list[str]:
-        return sorted(path.name for path in tmp_path.iterdir())
+        """Of this run's files; the others are there."""
+        found = sorted(path.name for path in tmp_path.iterdir())
+        own = [name.removeprefix(f"{transport.prefix}-") for name in found if name.startswith(transport.prefix)]
+        assert len(found) == len(own) + 2
+        return own
 
     transport.send(1, weights(tensors()))
     with pytest.raises(ValueError):
         transport.send(2, PolicyWeights(weights(tensors()).specs, iter([])))
-    assert names() == ["notes.txt", "policy-1.safetensors"]
+    assert names() == ["1.safetensors"]
     for version in (2, 3, 3):  # A trainer that went back to its checkpoint sends a version again.
         transport.send(version, weights(tensors()))
-    assert names() == ["notes.txt", "policy-2.safetensors", "policy-3.safetensors"]
+    assert names() == ["2.safetensors", "3.safetensors"]
     transport.close()
-    assert names() == ["notes.txt"]
+    assert names() == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_a_transfer_error(tmp_path):
-    (tmp_path / "policy-1.part").symlink_to("/dev/full")
     transport = FileTransport(tmp_path)
+    (tmp_path / f"{transport.prefix}-1.part").symlink_to("/dev/full")
     transport._make_folder = lambda: None
     with pytest.raises(WeightTransferError, match="version 1: cannot write .*: No space left on device"):
         transport.send(1, weights(tensors()))

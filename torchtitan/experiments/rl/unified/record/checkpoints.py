@@ -99,16 +99,14 @@ def find_start(config: JobConfig) -> Start:
 def prepare_folder(config: JobConfig, start: Start) -> None:
     """Clears the checkpoint folder of steps that the job is about to take (again).
 
-    What was cut off is deleted; anything else is moved to the subfolder "set_aside": a step must be written into an
-    empty directory, or a crash while writing could leave old and new files that look like one whole checkpoint.
+    They are moved to the subfolder "set_aside", whatever they are: a step must be written into an empty directory, or a
+    crash while writing could leave old and new files that look like one whole checkpoint. What looks cut off may be a
+    copy that somebody made without its hidden files.
     """
     folder = checkpoint_folder(config)
     first = start.saved.step if start.saved else -1
     for saved in list_saved(folder):
         if saved.step <= first:
-            continue
-        if saved.kind == "cut off":
-            shutil.rmtree(saved.path)
             continue
         (folder / SET_ASIDE).mkdir(exist_ok=True)
         number, aside = 0, folder / SET_ASIDE / saved.path.name

@@ -5,6 +5,8 @@
 
 """How new weights travel from the trainer to the generators, chosen by `[weight_sync] transport`."""
 
+import os
+
 from torchtitan.experiments.rl.unified.config.derived import trainer_host, update_folder, versions_kept
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.weights.base import WeightTransport
@@ -21,7 +23,7 @@ def build_transport(config: JobConfig) -> WeightTransport:
         case "file":
             from torchtitan.experiments.rl.unified.weights.transports.file import FileTransport
 
-            return FileTransport(update_folder(config), slots)
+            return FileTransport(update_folder(config), slots, os.path.abspath(config.job.dump_folder))
         case "monarch":
             # Monarch starts threads at import.
             from torchtitan.experiments.rl.unified.weights.transports.monarch import MonarchTransport

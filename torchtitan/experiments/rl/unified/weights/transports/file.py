@@ -6,6 +6,7 @@
 """Weights through files that both hosts see."""
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -22,13 +23,15 @@ class FileTransport(WeightTransport):
     """A safetensors file a version, complete under its name or not there, in a folder that all hosts mount.
 
     Args:
-        folder: for this job's weights alone; made if missing.
-        slots: versions that stay; older files are removed, those of a job that was killed at the first send.
+        folder: made if missing; what others keep there stays.
+        slots: versions that stay; older files are removed, those of this run's killed job at the first send.
+        run: names the run, in the files' names too.
     """
 
-    def __init__(self, folder: str | Path, slots: int = 1) -> None:
+    def __init__(self, folder: str | Path, slots: int = 1, run: str = "") -> None:
         self.folder = Path(folder)
         self.slots = slots
+        self.prefix = f"policy-{hashlib.blake2b(run.encode(), digest_size=6).hexdigest()}"
         self._written: list[Path] = []
 
     def send(self, version: int, weights: PolicyWeights) -> WeightUpdate:
@@ -38,7 +41,7 @@ class FileTransport(WeightTransport):
             WeightTransferError: the file cannot be written; those of older versions are untouched.
         """
         layout = Layout(version, weights.specs)
-        path = self.folder / f"policy-{version}.safetensors"
+        path = self.folder / f"{self.prefix}-{version}.safetensors"
         temporary = path.with_suffix(".part")
         try:
             self._make_folder()
@@ -66,7 +69,7 @@ class FileTransport(WeightTransport):
         if self._written:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_behind in self.folder.glob("policy-*"):
+        for left_behind in self.folder.glob(f"{self.prefix}-*"):
             left_behind.unlink()
 
 
