@@ -6,6 +6,7 @@
 """What a run keeps for replays: tokens to the bit, digests that name what changed."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +126,21 @@ def test_a_checkpoint_without_digests_or_without_an_index_is_said_so(job):
     (replay.checkpoint(2) / ".metadata").write_bytes(b"\x80")
     with pytest.raises(ValueError, match="step-2 cannot be read"):
         replay.differences(2)
+
+
+def test_a_record_that_was_cut_short_stops_nothing_and_is_said_so(job):
+    replay = ReplayFolder(job)
+    replay.record(1, [trajectory(0, version=0)])
+    for version in (2, 4):
+        save_checkpoint(replay, version)
+        replay.record(version + 1, [trajectory(1, version=version)])
+    file = replay.folder / "step-3.safetensors"
+    for size in (0, 7, 60, file.stat().st_size - 1):
+        file.write_bytes(file.read_bytes()[:size].ljust(size, b"\0"))
+        assert replay.steps() == [1, 5]
+        with pytest.raises(ValueError, match="step 3 of .* cannot be replayed, .*step-3.safetensors is damaged; .*: 1, 5"):
+            replay.trajectories(3)
+        replay.record_checkpoints()
+    shutil.rmtree(replay.checkpoint(4))
+    replay.record_checkpoints()
+    assert replay.steps() == [1] and file.exists()

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.dcp import read_metadata
@@ -58,7 +58,7 @@ class ReplayFolder:
         for version, file in _numbered(self.folder, r"checkpoint-(\d+)\.json"):
             if version and not self.checkpoint(version).exists():
                 for step, tokens in _numbered(self.folder, r"step-(\d+)\.safetensors"):
-                    if version in versions_of(tokens):
+                    if version in (versions_of(tokens) or ()):
                         tokens.unlink()
                 file.unlink()
 
@@ -74,7 +74,7 @@ class ReplayFolder:
         """Steps that can be replayed: their tokens are here, and so is the checkpoint of each version they need."""
         have = set(self.checkpoints())
         found = _numbered(self.folder, r"step-(\d+)\.safetensors")
-        return [step for step, file in found if versions_of(file) <= have]
+        return [step for step, file in found if (needed := versions_of(file)) and needed <= have]
 
     def trajectories(self, step: int) -> list[Trajectory]:
         """What step `step` was trained on.
@@ -83,7 +83,10 @@ class ReplayFolder:
             ValueError: it cannot be replayed; says which steps can.
         """
         if step not in (steps := self.steps()):
-            missing = "its checkpoint is gone" if self._step(step).exists() else "nothing was recorded for it"
+            kept = self._step(step).exists()
+            missing = "nothing was recorded for it" if not kept else "its checkpoint is gone"
+            if kept and versions_of(self._step(step)) is None:
+                missing = f"{self._step(step)} is damaged"
             listed = ", ".join(map(str, steps)) or "none (is [checkpoint] enable on?)"
             raise ValueError(f"step {step} of {self.folder.parent} cannot be replayed, {missing}; these can: {listed}")
         return load_trajectories(self._step(step))
@@ -172,10 +175,13 @@ def load_trajectories(path: Path) -> list[Trajectory]:
     ]
 
 
-def versions_of(path: Path) -> set[int]:
-    """Policy versions that the tokens in a file of `save_trajectories` were sampled with."""
-    with safe_open(path, "pt") as file:
-        return set(json.loads(file.metadata()["policy_versions"]))
+def versions_of(path: Path) -> set[int] | None:
+    """Policy versions that the tokens in a file of `save_trajectories` were sampled with; None: it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(json.loads(file.metadata()["policy_versions"]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:
