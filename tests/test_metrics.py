@@ -152,3 +152,18 @@ def test_a_record_that_cannot_be_read_is_refused_and_kept(tmp_path, name, damage
     with pytest.raises(ValueError, match=rf"{name} line 2 is not a record of a step .* mend it or move it away"):
         set_aside(config)
     assert (folder / name).read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_and_the_report_is_written_where_it_can_be(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        with RunRecord(config_of(tmp_path)) as record:
+            record._samples = open("/dev/full", "w", encoding="utf-8")
+            take(record, 1)
+    assert "No space left on device" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path, caplog):
+    with RunRecord(config_of(tmp_path)):
+        (tmp_path / "run/report.html").mkdir()
+    assert "no report of" in caplog.text and "IsADirectoryError" in caplog.text

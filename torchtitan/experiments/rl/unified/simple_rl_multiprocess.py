@@ -84,11 +84,12 @@ def main(args: list[str]) -> int:
         errors.ParityError,
         errors.ProcessLost,
         errors.TrainerFailed,
+        errors.WeightTransferError,
     )
     try:
         if said := run(words, dry=len(words) < len(args)):
             print(said)
-    except (ValueError, *expected, errors.ProcessLost, errors.WeightTransferError) as error:
+    except (ValueError, OSError, *expected) as error:  # OSError: a full disk, a folder that has gone.
         return _failed(error)
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(*interrupt.args or [signal.SIGINT])

@@ -7,7 +7,6 @@
 
 import functools
 import pickle
-from typing import TYPE_CHECKING
 
 import torch
 from torchtitan.experiments.rl.unified.devices import this_device
@@ -15,9 +14,6 @@ from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.messages import WeightUpdate
 from torchtitan.experiments.rl.unified.weights.placement import check_arrived, not_placed
 from torchtitan.experiments.rl.unified.weights.receiver import ReceivedWeights, Receiver
-
-if TYPE_CHECKING:
-    pass
 
 
 class PolicyWorker:

@@ -49,10 +49,13 @@ def rewrite(path: Path, rows: Iterable[dict[str, Any]]) -> TextIO:
 
 
 def append(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds `rows`; they are on the disk when this returns."""
-    for row in rows:
-        file.write(json.dumps(row) + "\n")
-    _to_disk(file)
+    """Adds `rows`; they are on the disk when this returns. OSError names the file."""
+    try:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+        _to_disk(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _to_disk(file: TextIO) -> None:

@@ -6,10 +6,11 @@
 """A run's record: metrics.jsonl, TensorBoard, samples, the report, and what the terminal shows."""
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, ExitStack
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
 from torchtitan.experiments.rl.unified.config.load import JobConfig, write_toml
@@ -20,8 +21,7 @@ from torchtitan.experiments.rl.unified.record.report import write_report
 from torchtitan.experiments.rl.unified.record.step import StepRecord
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 
 class RunRecord:
@@ -56,10 +56,17 @@ class RunRecord:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._stack.close()
-        if self.replay:
-            self.replay.record_checkpoints()
-        write_report(self.folder, _ending(kind, error))
+        with ExitStack() as stack:  # Each of these is done, whatever becomes of the others.
+            stack.callback(self._report, _ending(kind, error))
+            if self.replay:
+                stack.callback(self.replay.record_checkpoints)
+            stack.push(self._stack)
+
+    def _report(self, ending: str) -> None:
+        try:
+            write_report(self.folder, ending)
+        except Exception as error:  # An ornament: the run is what its files say.
+            logger.warning("no report of %s could be written: %s: %s", self.folder, type(error).__name__, error)
 
     def rewind(self, step: int) -> None:
         """Forgets what came after `step`, which the trainer stands at again: those steps are taken again."""
