@@ -40,3 +40,10 @@ def test_workers_must_be_able_to_answer(worker, monkeypatch):
     assert '"tcp" is this host\'s name, and localhost stands for no address' in complaint("--cluster.trainer", worker)
     monkeypatch.setattr(socket, "gethostname", lambda: "192.0.2.2")
     hosts.check_cluster(load_job_config(["--cluster.trainer", worker]))
+
+
+def test_ranks_divide_among_their_workers(worker):
+    two = [worker, worker.replace("127.0.0.1", "localhost")]
+    flags = ["--cluster.address", "tcp://127.0.0.1:0", "--parallelism.data_parallel_replicate_degree"]
+    hosts.check_cluster(load_job_config([*flags, "4", "--cluster.trainer", *two]))
+    assert "names 2 workers, which the trainer's 3 ranks" in complaint(*flags, "3", "--cluster.trainer", *two)

@@ -112,8 +112,10 @@ def test_a_run_that_loses_processes_ends_as_if_it_had_not(max_staleness, ranks, 
         return
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     # Its fourth step is the seventh of the run; the checkpoint of the sixth is written.
-    done = run(tmp_path / "again", *flags, "--checkpoint.load_step", "3", faults="TrainerMesh.step:4:trainer-0:0.01")
+    faults = "Replica._ready:1:generator0:3 TrainerMesh.step:4:trainer-0:0.01"  # The first one while its engine loads.
+    done = run(tmp_path / "again", *flags, "--checkpoint.load_step", "3", faults=faults)
     assert done.returncode == 0, done.stderr
+    assert "generator0 failed" in done.stderr and "starting it again, restart 1" in done.stderr
     assert "going on from the last checkpoint, restart 1" in done.stderr
     aside = {path.name for path in (tmp_path / "again/checkpoint/set_aside").iterdir()}
     assert aside == {"step-6", "step-7"}, "of the run before; this run's own step 6 is what it went on from"

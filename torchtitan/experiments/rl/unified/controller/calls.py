@@ -6,6 +6,7 @@
 """Calls on actors that always end: in an answer, in the actor's own error, in a lost process, or in a timeout."""
 
 import asyncio
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
@@ -47,3 +48,14 @@ async def stop(procs) -> None:
         RuntimeError,
     ):  # A mesh that lost a process cannot be stopped in good order; the rest is killed.
         pass
+
+
+async def all_or_none(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """What the calls return, in their order; where one fails the others are cancelled before its error is raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -14,7 +14,7 @@ from typing import Any
 from monarch.actor import HostMesh
 from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.experiments.rl.unified.controller.calls import answer, stop
+from torchtitan.experiments.rl.unified.controller.calls import all_or_none, answer, stop
 from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores
 from torchtitan.experiments.rl.unified.errors import ActorFailed, ProcessLost, WeightTransferError
 from torchtitan.experiments.rl.unified.generator.actor import GeneratorActor
@@ -43,7 +43,12 @@ class Replica:
         self._update: WeightUpdate | None = None
 
     async def start(self) -> None:
-        """Starts the engine unless it runs, on the weights of the last update if there was one."""
+        """Starts the engine unless it runs, on the checkpoint's weights; what a trainer sent before may be gone."""
+        self._update = None
+        await self._surviving(self._ready)
+
+    async def _ready(self) -> None:
+        """The engine runs, on the weights of the last update if there was one."""
         if self._procs is not None:
             return
         binding = bind_to_cores(self.config.generator.cores, 1)
@@ -84,7 +89,7 @@ class Replica:
     async def _surviving(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         while True:
             try:
-                await self.start()
+                await self._ready()
                 return await attempt()
             except (WeightTransferError, ValueError):  # A refusal, not a crash: another engine would say the same.
                 raise
@@ -112,26 +117,28 @@ class Generators:
     def __init__(self, config: JobConfig, hosts: list[HostMesh]) -> None:
         # The trainer's GPUs come first where it shares a machine with the generators.
         first = 0 if config.cluster.generators else trainer_ranks(config)
-        degree = config.generator.tensor_parallel_degree
+        degree, machines = config.generator.tensor_parallel_degree, max(1, len(config.cluster.generators))
+        # Replicas take the machines in turn: on each its GPUs are counted from the first one on.
         self.replicas = [
-            Replica(config, host, f"generator{index}", first + index * degree) for index, host in enumerate(hosts)
+            Replica(config, host, f"generator{index}", first + index // machines * degree)
+            for index, host in enumerate(hosts)
         ]
 
     async def start(self) -> None:
-        """Starts every engine that does not run."""
-        await asyncio.gather(*(replica.start() for replica in self.replicas))
+        """Starts every engine that does not run, for a trainer that starts too."""
+        await all_or_none(replica.start() for replica in self.replicas)
 
     async def generate(self, requests: list[Request]) -> list[Trajectory]:
         """One completion for each request, in their order; the replicas take equal runs of neighbours."""
         count = len(self.replicas)
         bounds = [index * len(requests) // count for index in range(count + 1)]
         shares = [requests[start:end] for start, end in pairwise(bounds)]
-        parts = await asyncio.gather(*(r.generate(share) for r, share in zip(self.replicas, shares, strict=True)))
+        parts = await all_or_none(r.generate(share) for r, share in zip(self.replicas, shares, strict=True))
         return [trajectory for part in parts for trajectory in part]
 
     async def update_weights(self, update: WeightUpdate) -> None:
         """Brings the weights of `update` to every engine; errors as Replica's."""
-        await asyncio.gather(*(replica.update_weights(update) for replica in self.replicas))
+        await all_or_none(replica.update_weights(update) for replica in self.replicas)
 
     async def stop(self) -> None:
         """Ends every engine's process at once."""

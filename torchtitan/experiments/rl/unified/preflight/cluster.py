@@ -9,6 +9,7 @@ import ipaddress
 import socket
 from urllib.parse import urlsplit
 
+from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 
 _CONNECT_SECONDS = 5
@@ -39,6 +40,11 @@ def check_cluster(config: JobConfig) -> None:
         raise ValueError(f"[cluster] {shared.pop()!r} is named for trainer and generators: start a worker for each")
     if not (cluster.trainer or cluster.generators):
         return
+    if cluster.trainer and (ranks := trainer_ranks(config)) % len(cluster.trainer):
+        raise ValueError(
+            f"[cluster] trainer names {len(cluster.trainer)} workers, which the trainer's {ranks} ranks ([parallelism]) "
+            "do not divide among: each takes as many as the others"
+        )
     if cluster.address == "tcp" and not _reachable(name := socket.gethostname()):
         raise ValueError(
             f'[cluster] address = "tcp" is this host\'s name, and {name} stands for no address that other hosts reach: '
