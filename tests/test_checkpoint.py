@@ -27,6 +27,7 @@ from torchtitan.experiments.rl.unified.families import model_of_checkpoint, poli
 from torchtitan.experiments.rl.unified.families.files import load_tensors, read_checkpoint
 from torchtitan.experiments.rl.unified.messages import Request, Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start, list_saved, prepare_folder
+from torchtitan.experiments.rl.unified.record.replay import ReplayFolder
 from torchtitan.experiments.rl.unified.record.run import RunRecord
 
 TINY = Path(__file__).parent / "assets/qwen3_tiny"
@@ -423,3 +424,19 @@ def test_a_saved_step_four_shards_and_torchtitans_names_are_one_model_by_their_p
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert len(found) == 4, done.stderr[-2000:]
     assert found[0] == found[1] == found[2] != found[3]
+
+
+def test_a_checkpoint_with_other_bytes_than_were_saved_is_passed_over(tmp_path):
+    config = job(tmp_path, "--training.steps", "10")
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step)
+    ReplayFolder(config).record_checkpoints()
+    assert find_start(config).saved.step == 4
+    shard = tmp_path / "checkpoint/step-4/__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))  # As a disk may give it back: of its size, all zeros.
+    start = find_start(config)
+    assert start.saved.step == 2 and "step-4 is damaged: " in start.notes[0]
+    assert start.notes[0].endswith("is not what was saved; going on from step 2")
+    config.checkpoint.load_step = 4
+    with pytest.raises(ValueError, match=r"load_step 4: .*step-4 is damaged: .* is not what was saved"):
+        find_start(config)

@@ -119,7 +119,7 @@ def test_what_belongs_to_a_removed_checkpoint_goes_with_it(job):
 def test_a_checkpoint_without_digests_or_without_an_index_is_said_so(job):
     replay = ReplayFolder(job)
     save_checkpoint(replay, 2)
-    with pytest.raises(ValueError, match="digests of policy version 2 were not recorded"):
+    with pytest.raises(ValueError, match="no digests of .*step-2 were recorded"):
         replay.differences(2)
     replay.record_checkpoints()
     assert json.loads((replay.folder / "checkpoint-2.json").read_text()).keys() == {"w", "the index (.metadata)"}

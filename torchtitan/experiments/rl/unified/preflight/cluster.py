@@ -42,8 +42,8 @@ def check_cluster(config: JobConfig) -> None:
         return
     if cluster.trainer and (ranks := trainer_ranks(config)) % len(cluster.trainer):
         raise ValueError(
-            f"[cluster] trainer names {len(cluster.trainer)} workers, which the trainer's {ranks} ranks ([parallelism]) "
-            "do not divide among: each takes as many as the others"
+            f"[cluster] trainer names {len(cluster.trainer)} workers, which the trainer's {ranks} ranks do not divide "
+            "among: each takes as many as the others; [parallelism] says how many there are"
         )
     if cluster.address == "tcp" and not _reachable(name := socket.gethostname()):
         raise ValueError(

@@ -6,10 +6,11 @@
 """A run's checkpoints on disk: which of them are whole, where a job starts, exports in Hugging Face layout."""
 
 import errno
+import functools
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.dcp import missing_data, read_metadata
 from torchtitan.experiments.rl.unified.errors import CheckpointError
+from torchtitan.experiments.rl.unified.record.replay import differences
 
 # torchtitan takes any name in the checkpoint folder that has "step-N" in it for a checkpoint; this one has not.
 SET_ASIDE = "set_aside"
@@ -77,9 +79,14 @@ def find_start(config: JobConfig) -> Start:
         if step not in found:
             there = ", ".join(map(str, found)) or "none"
             raise ValueError(f"[checkpoint] load_step {step}: {folder} has no such checkpoint; there: {there}")
-        if found[step].kind != "full":
-            raise ValueError(f"[checkpoint] load_step {step}: {_describe(found[step])}")
-        return Start(found[step])
+        if (saved := _as_recorded(config, found[step])).kind != "full":
+            raise ValueError(f"[checkpoint] load_step {step}: {_describe(saved)}")
+        return Start(saved)
+    for step in sorted(found, reverse=True):
+        if found[step].kind == "full":
+            found[step] = _as_recorded(config, found[step])
+            if found[step].kind == "full":
+                break
     whole = [saved for saved in found.values() if saved.kind not in ("cut off", "damaged")]
     full = [saved for saved in whole if saved.kind == "full"]
     if whole and whole[-1].step >= config.training.steps:
@@ -190,6 +197,23 @@ def save_error(error: BaseException, step: int, folder: Path) -> CheckpointError
         f"the checkpoint of step {step} could not be saved in {path}: {what}. Those before it are untouched: the same "
         "command goes on from the last of them"
     )
+
+
+def _as_recorded(config: JobConfig, saved: Saved) -> Saved:
+    """`saved`, damaged if a byte of it is not what the run recorded when it was written."""
+    record = Path(config.job.dump_folder) / "replay" / f"checkpoint-{saved.step}.json"
+    stamp = max(file.stat().st_mtime_ns for file in saved.path.iterdir())
+    changed = _changed(record, saved.path, stamp)
+    return replace(saved, kind="damaged", problem=f"{changed} is not what was saved") if changed else saved
+
+
+@functools.lru_cache(maxsize=8)
+def _changed(record: Path, checkpoint: Path, stamp: int) -> str:
+    """The first entry of a checkpoint that has other bytes than recorded; empty: none has, or nothing was recorded."""
+    try:
+        return next(iter(differences(record, checkpoint)), "")
+    except ValueError:
+        return ""
 
 
 def _inspect(step: int, path: Path) -> Saved:

@@ -109,15 +109,7 @@ class ReplayFolder:
         Raises:
             ValueError: no digests were recorded for it, or its index cannot be read.
         """
-        file = self._checkpoint(version)
-        if not file.exists():
-            raise ValueError(f"{file} is missing: the digests of policy version {version} were not recorded")
-        recorded = json.loads(file.read_text())
-        try:
-            found = checkpoint_digests(self.checkpoint(version))
-        except Exception as error:
-            raise ValueError(f"the checkpoint {self.checkpoint(version)} cannot be read: {error}") from error
-        return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+        return differences(self._checkpoint(version), self.checkpoint(version))
 
     def _is_saved(self, version: int) -> bool:
         settings, steps = self.config.checkpoint, self.config.training.steps
@@ -182,6 +174,22 @@ def versions_of(path: Path) -> set[int] | None:
             return set(json.loads(file.metadata()["policy_versions"]))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
+
+
+def differences(record: Path, checkpoint: Path) -> list[str]:
+    """Entries of `checkpoint` whose bytes are not those that `record`, a `checkpoint-V.json`, has digests of.
+
+    Raises:
+        ValueError: there is no record, or the checkpoint's index cannot be read.
+    """
+    if not record.exists():
+        raise ValueError(f"{record} is missing: no digests of {checkpoint} were recorded")
+    recorded = json.loads(record.read_text())
+    try:
+        found = checkpoint_digests(checkpoint)
+    except Exception as error:
+        raise ValueError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:
