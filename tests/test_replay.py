@@ -138,7 +138,9 @@ def test_a_record_that_was_cut_short_stops_nothing_and_is_said_so(job):
     for size in (0, 7, 60, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:size].ljust(size, b"\0"))
         assert replay.steps() == [1, 5]
-        with pytest.raises(ValueError, match="step 3 of .* cannot be replayed, .*step-3.safetensors is damaged; .* 1, 5"):
+        with pytest.raises(
+            ValueError, match="step 3 of .* cannot be replayed, .*step-3.safetensors is damaged; .* 1, 5"
+        ):
             replay.trajectories(3)
         replay.record_checkpoints()
     shutil.rmtree(replay.checkpoint(4))
