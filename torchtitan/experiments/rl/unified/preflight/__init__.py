@@ -88,7 +88,7 @@ def check(config: JobConfig) -> Job:
         estimate = passes(estimate_job)
     if checkpoint:
         passes(check_resume) and passes(check_settings)
-    passes(lambda job: goes_on(job) and None) and passes(lambda job: check_free(Path(job.job.dump_folder)))
+    passes(lambda job: goes_on(job) or None) and passes(lambda job: check_free(Path(job.job.dump_folder)))
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)

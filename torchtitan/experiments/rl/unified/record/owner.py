@@ -43,9 +43,9 @@ def check_free(folder: Path) -> None:
 
 
 def _locks(descriptor: int) -> bool:
-    """Of this process, and not of its children: POSIX's, which network file systems know too."""
+    """The open file's, and not this process's: that one ends as soon as anything here reads the file and closes it."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True
