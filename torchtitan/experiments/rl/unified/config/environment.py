@@ -21,8 +21,10 @@ def prepare_environment() -> None:
     Libraries speak of errors only, unless the user set RL_VERBOSE=1.
     """
     defaults = {
-        # Threads that wait for work must not hold the core another process computes on.
+        # Threads that wait for work must not hold the core another process computes on; but the next operation comes
+        # within microseconds, and waking takes longer: they look for it some tenths of a millisecond long.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "300000",
         # torch and the libraries over it ask for GPUs without initialising CUDA.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # Monarch looks for dead processes this often.
