@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -218,13 +219,15 @@ def test_a_killed_controller_leaves_nothing_behind(tmp_path):
     command += ["--parallelism.data_parallel_replicate_degree", "1", "--parallelism.tensor_parallel_degree", "2"]
     command += ["--generator.tensor_parallel_degree", "2", "--training.steps", "1000"]
     mark = f"FAULT_TEST={tmp_path}"
-    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    temporary = tempfile.mkdtemp()
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path), "TMPDIR": temporary}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as job:
         wait_for(lambda: has_stepped(tmp_path / "run"), 240, "the first step")
         assert len(marked(mark)) >= 5  # controller, trainer, generator, two workers
         job.send_signal(signal.SIGKILL)
     wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
     wait_for(lambda: set(os.listdir("/dev/shm")) <= before, 20, "shared memory to be freed")
+    wait_for(lambda: not os.listdir(temporary), 20, "temporary files to go")
 
 
 @pytest.mark.slow
@@ -233,7 +236,8 @@ def test_a_signal_ends_the_job_in_good_order(number, tmp_path):
     """Proves that an interrupted job ends in seconds, with its record whole, and that no other job gets its folder."""
     command = [sys.executable, simple_rl_multiprocess.__file__, "--job.dump_folder", str(tmp_path / "run"), *FLAGS]
     mark = f"FAULT_TEST={tmp_path}"
-    environment = {**os.environ, "FAULT_TEST": str(tmp_path)}
+    temporary = tempfile.mkdtemp()
+    environment = {**os.environ, "FAULT_TEST": str(tmp_path), "TMPDIR": temporary}
     job = subprocess.Popen(
         [*command, "--training.steps", "1000"],
         stderr=subprocess.PIPE,
@@ -256,6 +260,7 @@ def test_a_signal_ends_the_job_in_good_order(number, tmp_path):
     assert errors.strip().endswith("interrupted" if number == signal.SIGINT else "interrupted by SIGTERM")
     assert metrics(tmp_path / "run") and "interrupted" in (tmp_path / "run/report.html").read_text()
     wait_for(lambda: not marked(mark), 20, "the processes of the job to end")
+    assert not os.listdir(temporary)
 
 
 def has_stepped(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ def test_one_rank_and_two_print_prompt_and_the_same_text(tmp_path):
     texts = []
     # A list of vLLM's plugins that has not this package's must not keep it out.
     for flags, plugins in (([], ""), (["--tensor-parallel-size", "2"], "lora_filesystem_resolver")):
-        done = run(tmp_path, "--temperature", "0", *flags, VLLM_PLUGINS=plugins)
-        assert done.returncode == 0, done.stderr
+        temporary = tempfile.mkdtemp()
+        done = run(tmp_path, "--temperature", "0", *flags, VLLM_PLUGINS=plugins, TMPDIR=temporary)
+        assert done.returncode == 0 and not os.listdir(temporary), done.stderr
         assert "How many eggs does Ada have now?" in done.stdout
         texts.append(done.stdout)
         _, _, text = done.stdout.partition("\nText: ")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torchtitan.experiments.rl.unified.devices.attention import packed_attention
+from torchtitan.experiments.rl.unified.devices.build import load_library
 from torchtitan.experiments.rl.unified.devices.cpu.attention import HEAD_SIZES, paged_attention
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -229,10 +230,23 @@ def test_bad_input_is_named() -> None:
         packed_attention(q, k, v, torch.tensor([0, 8]), 1.0)
 
 
+def test_kernels_come_from_a_folder_that_nobody_else_can_write_to(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "torchtitan_rl_unified"
+    folder.mkdir(0o700)
+    for mode in (0o720, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(RuntimeError, match=f"{folder} has compiled kernels, and others than you can write to it"):
+            load_library.__wrapped__("attention")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(RuntimeError, match="/proc/none.*; XDG_CACHE_HOME names another place"):
+        load_library.__wrapped__("attention")
+
+
 @pytest.mark.slow
 def test_a_missing_compiler_is_one_clear_error(tmp_path) -> None:
     code = "from torchtitan.experiments.rl.unified.devices.build import load_library; load_library('attention')"
-    env = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env = {**os.environ, "CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: attention.cpp needs a C++ compiler")
@@ -241,7 +255,7 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path) -> None:
 @pytest.mark.slow
 def test_processes_that_build_at_once_all_get_the_library_and_one_that_was_cut_off_is_built_again(tmp_path) -> None:
     code = "from torchtitan.experiments.rl.unified.devices.build import load_library; load_library('attention')"
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     sizes = []
     for cut in (None, 20000):
         if cut:  # Touching what is not there of a mapped file would be SIGBUS.

@@ -22,6 +22,7 @@ try:
     from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
     from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
     from torchtitan.experiments.rl.unified.families.tensors import check_weights
+    from torchtitan.experiments.rl.unified.isolation import own_temporary_folder, stay_on_loopback
 except ImportError as error:  # As of an environment that is not what set-up made.
     if __name__ != "__main__":
         raise
@@ -134,10 +135,12 @@ def _dtype(wanted: str, model: PolicyModel, weights: CheckpointFiles) -> torch.d
 def main(args: list[str]) -> int:
     """Prints prompt and text; exit status 1 with one line of error for bad input."""
     prepare_environment()
+    stay_on_loopback()
     try:
         if problems := list(environment_problems()):
             raise ValueError("; ".join(problems))
-        prompt, text = generate(parse_args(args))
+        with own_temporary_folder():
+            prompt, text = generate(parse_args(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -33,15 +33,19 @@ def config_alone() -> ModuleType:
 
 def run(args: list[str], dry: bool) -> str:
     """Checks the job that `args` describe and runs it; returns its summary, or what it would take if `dry`."""
+    from torchtitan.experiments.rl.unified.config.derived import on_many_hosts
     from torchtitan.experiments.rl.unified.config.environment import honour_environment
     from torchtitan.experiments.rl.unified.config.load import load_job_config, TRAIN_CONFIGS
     from torchtitan.experiments.rl.unified.devices import this_device
+    from torchtitan.experiments.rl.unified.isolation import own_temporary_folder, stay_on_loopback
 
     device = this_device()
     if not any(word.startswith(("--job.config_file", "--job.config-file")) for word in args):
         args = ["--job.config_file", str(TRAIN_CONFIGS / device.default_config), *args]
     config = load_job_config(args)
     honour_environment(config, on_gpu=not device.in_host_memory)
+    if not on_many_hosts(config):
+        stay_on_loopback()
     from torchtitan.experiments.rl.unified.controller.run import run_job
     from torchtitan.experiments.rl.unified.controller.signals import ends_in_order
     from torchtitan.experiments.rl.unified.preflight import check
@@ -55,7 +59,7 @@ def run(args: list[str], dry: bool) -> str:
             print(f"warning: {warning}", file=sys.stderr)
         if dry:
             return f"{'a completion ends':<32}{job.completion_ends}"
-        with ends_in_order(config.supervision.grace_seconds) as signals:
+        with own_temporary_folder(), ends_in_order(config.supervision.grace_seconds) as signals:
             try:
                 return asyncio.run(run_job(config, job.task, job.evaluation))
             except KeyboardInterrupt as error:

@@ -57,6 +57,11 @@ def update_folder(config: JobConfig) -> Path:
     return Path(config.weight_sync.folder or Path(config.job.dump_folder) / "weights").absolute()
 
 
+def on_many_hosts(config: JobConfig) -> bool:
+    """Whether `[cluster]` names hosts."""
+    return bool(config.cluster.trainer or config.cluster.generators)
+
+
 def trainer_host(config: JobConfig) -> str:
     """The host of the trainer's rank 0, as generators know it."""
     if config.cluster.trainer:

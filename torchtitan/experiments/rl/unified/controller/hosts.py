@@ -5,6 +5,7 @@
 
 """Where the processes of a job run: Monarch host meshes, by `[cluster]`."""
 
+from torchtitan.experiments.rl.unified.config.derived import on_many_hosts
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.errors import ParityError
 
@@ -24,7 +25,7 @@ class Hosts:
         from monarch.actor import attach_to_workers, enable_transport, this_host
 
         cluster, replicas = config.cluster, config.generator.replicas
-        if cluster.trainer or cluster.generators:
+        if on_many_hosts(config):
             enable_transport(cluster.address)
 
         def attach(workers: list[str]):

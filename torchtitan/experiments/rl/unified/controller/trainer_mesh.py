@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from monarch.actor import HostMesh
 from monarch.spmd import setup_torch_elastic_env_async
-from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
+from torchtitan.experiments.rl.unified import isolation
+from torchtitan.experiments.rl.unified.config.derived import on_many_hosts, trainer_ranks
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.controller.calls import answer, stop
 from torchtitan.experiments.rl.unified.controller.hosts import bind_to_cores, one_arithmetic
@@ -47,7 +48,8 @@ class TrainerMesh:
         ranks = trainer_ranks(self.config) // len(self.config.cluster.trainer or [None])
         binding = bind_to_cores(self.config.trainer.cores, ranks)
         self._procs = self.host.spawn_procs(per_host={"ranks": ranks}, name="trainer", proc_bind=binding)
-        await setup_torch_elastic_env_async(self._procs)
+        store = () if on_many_hosts(self.config) else (isolation.ADDRESS, isolation.free_port())
+        await setup_torch_elastic_env_async(self._procs, *store)
         self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
         limit = self.config.comm.init_timeout_seconds
         answers = await self._call("the trainer to start", self._actors.setup, seconds=limit)

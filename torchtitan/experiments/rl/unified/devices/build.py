@@ -9,12 +9,13 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import os
 import re
+import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 _SOURCES = Path(__file__).parent / "cpu" / "csrc"
 
@@ -32,8 +33,8 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
     """Compiles ``<name>.cpp`` and loads it.
 
     The build is inductor's own: torch's OpenMP runtime, ``-march=native``, a file lock against other processes, and
-    a cache on disk (``TORCHINDUCTOR_CACHE_DIR``) keyed by source, flags and instruction set. A library in it that is
-    not whole, as a full disk or a killed compiler leaves one, is built again: touching it would end the process.
+    a cache on disk (see `_own_cache`) keyed by source, flags and instruction sets. A library in it that is not whole,
+    as a full disk or a killed compiler leaves one, is built again: touching it would end the process.
 
     Args:
         name: file name, without its suffix.
@@ -43,14 +44,14 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
         The library; its functions' ``argtypes`` are the caller's to set.
 
     Raises:
-        RuntimeError: no working C++ compiler, or the source does not compile.
+        RuntimeError: no working C++ compiler, the source does not compile, or others can write to the cache.
     """
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     source = _with_headers(folder / f"{name}.cpp")
     # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
-    source += f"\n// {torch.backends.cpu.get_cpu_capability()}\n"
+    source += f"\n// {_instruction_sets()}\n"
     # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
     knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if knows else {}
@@ -64,15 +65,51 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
             return super()._load_library(path, key)
 
     try:
-        with contextlib.suppress(_NotWhole):
+        with _own_cache():
+            with contextlib.suppress(_NotWhole):
+                return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
             return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
-        return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
     except InvalidCxxCompiler as error:
         raise RuntimeError(
             f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
         ) from error
     except CppCompileError as error:
         raise RuntimeError(f"{name}.cpp does not compile on this machine:\n{error}") from error
+
+
+@contextlib.contextmanager
+def _own_cache() -> Iterator[None]:
+    """Lets inductor compile into a folder of this user's; its own stands where any user can make it first.
+
+    Raises:
+        RuntimeError: others can write to it: what they put there would run here.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchtitan_rl_unified")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise RuntimeError(f"no folder for compiled kernels: {error}; XDG_CACHE_HOME names another place") from error
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(
+            f"{folder} has compiled kernels, and others than you can write to it: remove it, or name another place by "
+            "XDG_CACHE_HOME"
+        )
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    before = {variable: os.environ[variable]} if variable in os.environ else {}
+    os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        os.environ.update(before)
+
+
+def _instruction_sets() -> str:
+    """Those of this processor, as Linux names them."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "").partition(":")[2]
+    return " ".join(sorted(flags.split()))
 
 
 def _is_whole(library: Path) -> bool:

@@ -18,6 +18,7 @@ from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
 from torchtitan.experiments.rl.unified.config.environment import prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
+from torchtitan.experiments.rl.unified.isolation import keep_stores_on_loopback
 from torchtitan.experiments.rl.unified.messages import Trajectory, WeightUpdate
 from torchtitan.experiments.rl.unified.trainer.verdict import error_to_tell
 from torchtitan.experiments.rl.unified.weights.changes import Changes
@@ -58,6 +59,7 @@ class TrainerActor(Actor):
     def setup(self) -> tuple[int, dict[str, Any], str]:
         """Builds the trainer and loads its state; returns its step, the task's state there and its arithmetic."""
         prepare_environment()
+        keep_stores_on_loopback()
         torch.set_num_threads(self.config.trainer.num_threads or threads_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
         this_device().prepare_trainer()
         from torchtitan.experiments.rl.unified.trainer.trainer import RLTrainer

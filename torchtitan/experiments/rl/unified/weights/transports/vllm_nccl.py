@@ -131,7 +131,7 @@ class VllmNcclTransport(WeightTransport):
 
     def _listen(self) -> tuple[NcclSender, socket.socket]:
         check_nccl()
-        server = socket.create_server(("", 0))
+        server = socket.create_server((self.host if self.host == "localhost" else "", 0))
         sender = NcclSender((self.host, server.getsockname()[1]), secrets.token_bytes(32))
         threading.Thread(target=self._accept, args=(sender, server), daemon=True).start()
         return sender, server
