@@ -203,3 +203,15 @@ def test_the_command_names_all_that_is_wrong_with_its_arguments_and_loads_no_tor
     assert helped.returncode == 0, helped.stderr
     assert "[policy_loss]" in helped.stdout and "--rl.group_size 8\n      Completions sampled for each" in helped.stdout
     assert "--optimizer.lr 0.0008\n      Learning rate" in helped.stdout and "--compile." not in helped.stdout
+
+
+def test_a_file_that_is_not_this_repositorys_names_no_code_unnoticed(tmp_path):
+    file = tmp_path / "job.toml"
+    text, flags = (TRAIN_CONFIGS / "debug_cpu.toml").read_text(encoding="utf-8"), ["--job.config_file", str(file)]
+    for name, is_code in (("gsm8k", False), ("os.system", True), ("module:function", True)):
+        file.write_text(f'{text}\n[reward]\nweights = {{"{name}" = 1}}\n')
+        if is_code:
+            with pytest.raises(ValueError, match=rf"job.toml: reward.weights .* {name} is code .* say --trust_code"):
+                load_job_config(flags)
+        assert load_job_config([*flags, "--trust_code"]).reward.weights == {name: 1}
+        assert load_job_config([*flags, "--reward.weights", name, "2"]).reward.weights == {name: 2}

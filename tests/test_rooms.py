@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1] / Path(*NAME.split("."))
 BELOW = {
     "errors": "",
     "dcp": "",
+    "isolation": "",
     "tokenizer": "",
     "config": "errors",
     "messages": "config errors",
@@ -27,12 +28,12 @@ BELOW = {
     "weights": "config messages errors devices",
     "families": "devices weights errors dcp",
     "rollout": "config messages errors algorithms tokenizer",
-    "trainer": "config messages errors devices families algorithms weights record dcp",
+    "trainer": "config messages errors devices families algorithms weights record dcp isolation",
     "generator": "config messages errors devices families weights",
     "preflight": "config messages errors devices algorithms record weights families rollout tokenizer",
-    "controller": "config messages errors devices trainer generator weights rollout record",
-    "infer": "config devices families generator tokenizer",
-    "simple_rl_multiprocess": "config devices errors preflight controller record rollout",
+    "controller": "config messages errors devices trainer generator weights rollout record isolation",
+    "infer": "config devices families generator tokenizer isolation",
+    "simple_rl_multiprocess": "config devices errors preflight controller record rollout isolation",
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

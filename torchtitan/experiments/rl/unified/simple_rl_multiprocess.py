@@ -3,7 +3,8 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""The RL job: `python simple_rl_multiprocess.py [--dry_run] [--job.config_file X.toml] [--section.key value ...]`.
+"""The RL job: `python simple_rl_multiprocess.py [--dry_run] [--job.config_file X.toml [--trust_code]] [--section.key
+value ...]`.
 
 Sample a group of completions for each prompt, reward them, take one optimizer step on their group-relative
 advantages, send the new weights to the generators, and again. The trainer is a mesh of Monarch actors over torchtitan's

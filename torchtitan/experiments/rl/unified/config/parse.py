@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoint_path import REPOSITORY
 from .keys import REQUIRED, SAME
 from .schema import describe, fits, Key, numbers, UNIONS
 
 _CONFIG_FILE = "job.config_file"
+# Of a TOML file that is not in this repository; no key: the file would set it itself.
+_NAMES_CODE, _TRUST = "reward.weights", "trust_code"
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -42,16 +45,24 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
     Args:
         keys: of the config, by path.
         args: `--section.key value ...`, `--section.key=value`; a list takes several words, a table pairs of them, a
-            boolean none or one. `--section.no_key` is the boolean `false`.
+            boolean none or one. `--section.no_key` is the boolean `false`. `--trust_code` lets a file outside this
+            repository name code.
     """
     parsed = Parsed()
     flags = _split(args, parsed)
     name = next((words[0] for flag, words in flags if _path(flag) == _CONFIG_FILE and words), str(default_file))
     given = {path: (f"job config {name}: {path}", value) for path, value in _read_file(name, keys, parsed).items()}
+    trusted = Path(name).resolve().is_relative_to(REPOSITORY)
     for flag, words in flags:
-        _override(flag, words, keys, given, parsed)
+        if _path(flag) == _TRUST and not words:
+            trusted = True
+        else:
+            _override(flag, words, keys, given, parsed)
     for path, (label, value) in given.items():
-        if problem := _check(keys[path], value):
+        problem = _check(keys[path], value)
+        if not problem and path == _NAMES_CODE and not label.startswith("--") and not trusted:
+            problem = _untrusted(value)
+        if problem:
             parsed.problems.append(f"{label} = {value!r}, {problem}")
             parsed.failed.add(path)
         else:
@@ -62,6 +73,14 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
             parsed.problems.append(f"job config {name}: {path} is not set, and has no default that would be right")
             parsed.failed.add(path)
     return parsed
+
+
+def _untrusted(weights: dict[str, float]) -> str:
+    """What is wrong with rewards that a TOML file of anyone's names."""
+    code = [name for name in weights if "." in name or ":" in name]
+    if not code:
+        return ""
+    return f"and {', '.join(code)} is code that would run: read it, then say --{_TRUST} or name it on the command line"
 
 
 def nearest(name: str, known: list[str]) -> str:
