@@ -39,6 +39,12 @@ def test_a_head_size_without_a_kernel_is_refused_with_the_way_out(tmp_path):
     check_arithmetic(of_shape(tmp_path, "--parity.check=off", head_dim=48))
 
 
+def test_instruction_sets_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setenv("RL_CPU_ISA", "sse")
+    with pytest.raises(ValueError, match="RL_CPU_ISA=sse is none of avx2, avx512, avx512_bf16, amx"):
+        check_arithmetic(load_job_config([]))
+
+
 def test_experts_run_in_unified_mode_and_not_spread_over_ranks(tmp_path):
     moe = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     moe |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}

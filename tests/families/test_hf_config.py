@@ -73,7 +73,11 @@ FIELDS = {
     },
     "llama": COMMON
     | {
-        "rope_parameters": [*COMMON["rope_parameters"], (LLAMA3, SAME)],
+        "rope_parameters": [
+            *COMMON["rope_parameters"],
+            (LLAMA3, SAME),
+            *((LLAMA3 | {"low_freq_factor": low}, f"low_freq_factor = {low} and high_freq") for low in (4.0, 9.0)),
+        ],
         "num_attention_heads": [(8, SAME), (3, "does not read it")],
         "head_dim": [(16, SAME), (32, "head_dim = 32: "), (15, "RoPE requires an even rotary dimension")],
         "pretraining_tp": [(2, SAME)],

@@ -71,10 +71,30 @@ def model_with(operation) -> PolicyModel:
         (lambda x: x.half().float().to(x.dtype) + x.half().mul(2), r"aten.mul.Tensor .* in torch.float16"),
         (lambda x: x.bfloat16().abs().rsqrt().to(x.dtype), r"aten.rsqrt.default .* in torch.bfloat16"),
         (lambda x: torch.add(x, x, alpha=0.5), r"aten.add.Tensor .* with alpha = 0.5"),
+        (lambda x: x / x.shape[1], r"aten.div.Tensor in Model.layers.1.feed_forward with a number that depends on how"),
+        (lambda x: sum(x[:, i : i + 1] for i in range(x.shape[1])) + x, r"aten.* where another number of tokens has"),
+        (lambda x: x.masked_fill(x > 0, x.shape[1]), r"aten.masked_fill.Scalar .* with a number that depends on how"),
+        (lambda x: x * torch.full((1,), x.shape[1]), r"aten.full.default .* with a number that depends on how many"),
     ],
 )
 def test_another_is_refused_by_its_name_and_module(operation, named):
     with pytest.raises(ValueError, match=named + r'.*\[parity\] check = "off" runs it'):
+        check_forward(model_with(operation), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: torch.cat((x[:, 1:], x[:, :1]), 1),
+        lambda x: torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1),
+        lambda x: x + x[:, -1:],
+        lambda x: x.index_select(1, torch.arange(x.shape[1] - 1, -1, -1)),
+        lambda x: x.gather(1, (torch.arange(x.shape[1]) // 2)[None, :, None].expand_as(x)),
+        lambda x: torch.cat((x[:, :7], x[:, 8:9], x[:, 7:8], x[:, 9:]), 1),
+    ],
+)
+def test_a_move_from_token_to_token_is_refused_by_its_module(operation):
+    with pytest.raises(ValueError, match=r'layers.1.feed_forward.* to the places of others: .*check = "off" runs it'):
         check_forward(model_with(operation), torch.float32)
 
 

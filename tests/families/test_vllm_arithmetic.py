@@ -85,8 +85,8 @@ def test_names_and_values_of_the_state_dict_stay():
 def test_other_models_are_refused_by_name():
     moe = policy_train_spec("qwen3").model_args["debugmodel_moe"]
     with torch.device("meta"):
-        model = Qwen3Model(moe)
-    with pytest.raises(ValueError, match='dense Qwen3 .* moe_enabled=True.*; mode = "unified"'):
+        model = policy_train_spec("qwen3").model_cls(moe)
+    with pytest.raises(ValueError, match='dense Qwen3 .* not one with experts; mode = "unified"'):
         to_compat(model)
     with pytest.raises(ValueError, match="not Linear;"):
         to_compat(nn.Linear(1, 1))

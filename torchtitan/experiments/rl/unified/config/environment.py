@@ -40,6 +40,7 @@ def prepare_environment() -> None:
         return
     for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
         os.environ.setdefault(name, "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
     # torchtitan logs to the root logger; vLLM takes its level from the environment, but only once an engine is built.

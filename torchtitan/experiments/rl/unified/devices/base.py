@@ -62,7 +62,7 @@ class Device(ABC):
 
     @abstractmethod
     def check_attention(self, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
-        """Raises ValueError where the packed and paged kernels cannot serve; says what they can."""
+        """Raises ValueError where the kernels cannot serve, or are told to be what they cannot; says what they can."""
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError for a size of the KV cache's blocks, in tokens, that the paged kernel cannot serve."""

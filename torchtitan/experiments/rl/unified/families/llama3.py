@@ -175,7 +175,14 @@ def _scaling(rope_scaling: Mapping[str, Any] | None) -> RoPEScalingArgs:
     kind = rope_scaling.get("rope_type", rope_scaling.get("type"))
     if kind != "llama3":
         raise ValueError(f'config.json scales RoPE by {kind!r}: llama3 models here know "llama3" and none')
-    return RoPEScalingArgs(**dict(zip(_SCALING.values(), required(rope_scaling, *_SCALING), strict=True)))
+    args = dict(zip(_SCALING.values(), required(rope_scaling, *_SCALING), strict=True))
+    low, high = args["low_freq_factor"], args["high_freq_factor"]
+    if not low < high:
+        raise ValueError(
+            f"config.json scales RoPE with low_freq_factor = {low} and high_freq_factor = {high}: the first must be "
+            "below the second"
+        )
+    return RoPEScalingArgs(**args)
 
 
 def _hidden(args: TransformerModelArgs) -> int:

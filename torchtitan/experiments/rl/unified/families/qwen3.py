@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ParallelStyle
 from torchtitan.experiments.rl.unified.devices import device_of
 from torchtitan.experiments.rl.unified.families.base import check_covered, Family, Geometry, OwnFields, required
@@ -33,6 +35,7 @@ from torchtitan.models.attention import VarlenMetadata
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.qwen3.model.model import Attention, FeedForward, Qwen3Model, TransformerBlock
+from torchtitan.models.qwen3.model.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, TrainSpec
 
 # A model that a laptop can train.
@@ -75,6 +78,45 @@ class PolicyQwen3(Qwen3Model):
         make_row_invariant(self)
 
 
+class Adapter(Qwen3StateDictAdapter):
+    """torchtitan's, for experts that ranks share in any way that leaves each of them whole.
+
+    Hugging Face's names have an expert a tensor: a rank that holds a part of the experts has the names of that part.
+    """
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.shared = {name: value for name, value in state_dict.items() if _is_shared_experts(name, value)}
+        state = super().to_hf({name: value for name, value in state_dict.items() if name not in self.shared})
+        for name, value in self.shared.items():
+            state |= zip(self._names(name, value), value.to_local(), strict=True)
+        return state
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What `to_hf` was given, if the values are its answer's; else a state of whole tensors."""
+        rest, shared = dict(hf_state_dict), {}
+        for name, value in getattr(self, "shared", {}).items():
+            experts = [rest.pop(each) for each in self._names(name, value)]
+            local = torch.stack(experts) if experts else value.to_local()
+            shape, stride = value.shape, value.stride()
+            shared[name] = DTensor.from_local(
+                local, value.device_mesh, value.placements, run_check=False, shape=shape, stride=stride
+            )
+        return super().from_hf(rest) | shared
+
+    def _names(self, name: str, value: DTensor) -> list[str]:
+        """Hugging Face's, of this rank's experts."""
+        _, layer, kept = name.split(".", 2)
+        (template,) = (hf for hf, titan in self.from_hf_map.items() if titan == f"layers.{{}}.{kept}")
+        (count, *_), (first, *_) = compute_local_shape_and_global_offset(
+            value.shape, value.device_mesh, value.placements
+        )
+        return [template.format(layer, expert) for expert in range(first, first + count)]
+
+
+def _is_shared_experts(name: str, value: torch.Tensor) -> bool:
+    return ".moe.experts." in name and isinstance(value, DTensor)
+
+
 class Qwen3(Family):
     """Qwen3, dense and with experts."""
 
@@ -94,7 +136,7 @@ class Qwen3(Family):
         for args in flavors.values():
             # Nobody balances experts here: a policy is what its checkpoint says.
             args.moe_args = replace(args.moe_args, load_balance_coeff=None, use_grouped_mm=False)
-        return replace(spec, model_cls=PolicyQwen3, model_args=flavors)
+        return replace(spec, model_cls=PolicyQwen3, model_args=flavors, state_dict_adapter=Adapter)
 
     def from_hf(self, config: Mapping[str, Any]) -> Qwen3ModelArgs:
         check_covered(config, _FIXED, self.name)
@@ -173,10 +215,14 @@ def to_compat(model: Qwen3Model, tensor_parallel_degree: int = 1) -> Qwen3Model:
     Raises:
         ValueError: `model` is not a dense Qwen3 with normalized queries and keys, or its vocabulary cannot be shared.
     """
-    if type(model) is not PolicyQwen3 or model.model_args.moe_enabled or not model.model_args.qk_norm:
+    odd = type(model).__name__
+    if type(model) is PolicyQwen3:
+        args = model.model_args
+        odd = "one with experts" if args.moe_enabled else "" if args.qk_norm else "one without those norms"
+    if odd:
         raise ValueError(
-            '[rl] mode = "vllm_compat" knows the dense Qwen3 with normalized queries and keys only, not '
-            f'{getattr(model, "model_args", type(model).__name__)}; mode = "unified" runs any TrainSpec\'s model'
+            f'[rl] mode = "vllm_compat" knows the dense Qwen3 with normalized queries and keys only, not {odd}; '
+            'mode = "unified" runs any TrainSpec\'s model'
         )
     rotary_kernel()
     for module in list(model.modules()):

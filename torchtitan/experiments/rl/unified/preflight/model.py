@@ -13,7 +13,7 @@ from torch import nn
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.devices.attention import to_packed
-from torchtitan.experiments.rl.unified.devices.checks import check_operations
+from torchtitan.experiments.rl.unified.devices.checks import check_operations, check_rows
 from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
 from torchtitan.experiments.rl.unified.families.hf_config import read_config
 from torchtitan.experiments.rl.unified.families.tensors import check_weights, find_weights, load_matched
@@ -148,7 +148,8 @@ def check_arithmetic(config: JobConfig) -> None:
 
 
 def check_forward(policy: PolicyModel, dtype: torch.dtype) -> None:
-    """Every operation of the model is known to be row-invariant; its attention is the device's own.
+    """Every operation of the model is known to be row-invariant, and none but its attention, the device's own, takes
+    values from one token to another.
 
     Raises:
         ValueError: names the operation and its module.
@@ -156,16 +157,19 @@ def check_forward(policy: PolicyModel, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         model = PolicyModel(policy.family, policy.family.small(policy.args)).build(max_seq_len=64)
     model.to_empty(device="cpu")
-    for weight in model.parameters():  # Not the buffers: their dtype is the model's own business.
+    for buffer in model.buffers():
+        buffer.zero_()
+    for weight in model.parameters():  # The buffers' dtype is the model's own business.
         weight.data = torch.zeros_like(weight, dtype=dtype)
     policy.family.replace_attention(model, lambda _: _NoAttention())
 
-    def forward(tokens: torch.Tensor, positions: torch.Tensor) -> None:
+    def forward(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         starts = torch.tensor([0, tokens.numel()], dtype=torch.int32)
         masks = VarlenMetadata(starts, starts, tokens.numel(), tokens.numel())
-        model(tokens, attention_masks=masks, positions=positions)
+        return model(tokens, attention_masks=masks, positions=positions)
 
     check_operations(forward)
+    check_rows(model, forward)
 
 
 class _NoAttention(nn.Module):

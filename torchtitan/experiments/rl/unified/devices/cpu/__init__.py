@@ -46,8 +46,9 @@ class Cpu(Device):
 
     def check_attention(self, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
         from torchtitan.experiments.rl.unified.devices.checks import check_heads
-        from torchtitan.experiments.rl.unified.devices.cpu import attention
+        from torchtitan.experiments.rl.unified.devices.cpu import attention, linear
 
+        linear.check_variable()
         check_heads(self.name, attention.HEAD_SIZES, attention.DTYPES, head_size, num_heads, num_kv_heads, dtype)
 
     def check_block_size(self, block_size: int) -> None:

@@ -52,6 +52,16 @@ def library() -> ctypes.CDLL:
     return library
 
 
+def check_variable() -> None:
+    """Raises ValueError if RL_CPU_ISA names no instruction set, or one that this CPU lacks; cheap where it is unset."""
+    if not os.environ.get(_VARIABLE):
+        return
+    try:
+        _use(library(), None)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def _use(library: ctypes.CDLL, name: str | None) -> None:
     best = library.best()
     if best < 0:
