@@ -64,7 +64,8 @@ def test_shared_experts_are_those_of_the_file(ranks, degrees, tmp_path):
     running = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-        running.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, stderr=subprocess.PIPE, text=True))
+        environment = {**os.environ, **shared, **own}
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=300)[1] for process in running]
     assert not any(process.returncode for process in running), errors
 
