@@ -70,10 +70,10 @@ def test_an_environment_that_asks_for_what_no_engine_can_do_is_refused_alike(mon
         assert line.startswith("error: ") and "VLLM_USE_V2_MODEL_RUNNER=1: log-probs of vLLM's other runner" in line
 
 
-def edit(**fields):
+def edit(file: str = "config.json", **fields):
     def damage(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+        values = json.loads((folder / file).read_text(encoding="utf-8"))
+        (folder / file).write_text(json.dumps(values | fields), encoding="utf-8")
 
     return damage
 
@@ -99,6 +99,22 @@ DAMAGES = {
         "tokenizer.json is a Git LFS pointer",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "template, complaint",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 5 s"),
+        ("{{ raise_exception('not so') }}", "not so"),
+        ("{{ messages.missing.field }}", "has no attribute 'missing'"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_error(template, complaint, tmp_path, capsys):
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    edit("tokenizer_config.json", chat_template=template)(folder)
+    assert infer.main(["--model-ckpt-path", str(folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the chat template of {folder} fails: ") and complaint in line
 
 
 @pytest.mark.parametrize("case", DAMAGES)

@@ -8,13 +8,12 @@
 import json
 import random
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from torchtitan.experiments.rl.unified.rollout import chat
+from torchtitan.experiments.rl.unified import tokenizer as door
 from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_stop, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.rows import read_rows, Row
@@ -139,13 +138,11 @@ def test_an_argument_that_the_template_does_not_read_is_refused(tokenizer, templ
 
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(door, "RENDER_SECONDS", 0.5)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = PLAIN + "{% if 'two' in messages[-1].content %}" + loop + "{% endif %}"
-    threads = threading.active_count()
     with pytest.raises(ValueError, match="template fails on rows.jsonl, line 2: it takes more than"):
         ChatTemplate(tokenizer, {}).encode([row("one", 1), row("two", 2), row("three", 3)])
-    assert threading.active_count() == threads
     assert len(ChatTemplate(tokenizer, {}).encode([row("one", 1), row("three", 3)])) == 2
 
 

@@ -69,7 +69,7 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
-    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer
+    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer, render
 
     tokenizer = load_tokenizer(checkpoint)
     check_tokenizer(tokenizer, checkpoint, [args.prompt])
@@ -77,7 +77,10 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     prompt = args.prompt
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = render(tokenizer, message, add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"the chat template of {checkpoint} fails: {error}; --raw goes without it") from error
     prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
     if max(prompt_ids, default=0) >= model.geometry.vocabulary:
         raise ValueError(

@@ -5,11 +5,19 @@
 
 """The one door to a checkpoint's tokenizer: loaded by transformers, held against the checkpoint's own files."""
 
-from collections.abc import Iterable
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+# Longest time for one prompt; a template is a program, and may not end.
+RENDER_SECONDS = 5.0
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -22,10 +30,41 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"transformers loads no tokenizer from {path}: {said[:400]}") from None
 
 
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **arguments: Any) -> str:
+    """The text of `messages` by the tokenizer's chat template.
+
+    Raises:
+        ValueError: it failed, or was not done within `RENDER_SECONDS` (looked at in the main thread alone).
+    """
+    try:
+        with _limited(RENDER_SECONDS):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    except Exception as error:  # Of any class: it is anyone's program.
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(number: int, frame: Any) -> NoReturn:
+        raise ValueError(f"it takes more than {seconds:g} s")
+
+    handler, start = signal.signal(signal.SIGALRM, give_up), time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left and max(1e-3, left - (time.monotonic() - start)))
+        signal.signal(signal.SIGALRM, handler)
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The names of `tokenizer`'s special tokens."""
+    """The names of `tokenizer`'s special tokens; an empty one, which stands in no text, is not among them."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
+    return [name for name in dict.fromkeys([*added, *tokenizer.all_special_tokens]) if name]
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocabulary: int) -> list[int]:

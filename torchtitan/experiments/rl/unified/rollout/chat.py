@@ -5,21 +5,17 @@
 
 """Conversations to tokens by a checkpoint's chat template, and what template and tokenizer can be wrong about."""
 
-import ctypes
 import datetime
 import re
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.meta
 from torchtitan.experiments.rl.unified.rollout.rows import Row
-from torchtitan.experiments.rl.unified.tokenizer import special_tokens
+from torchtitan.experiments.rl.unified.tokenizer import render, special_tokens
 from transformers import PreTrainedTokenizerBase
 
-# Longest time for one row; a template is a program, and may not end.
-RENDER_SECONDS = 5.0
 # What marks in a text where a special token is cut in two is one of the private use area that the text has not.
 _PRIVATE = range(0xE000, 0xF900)
 
@@ -71,24 +67,14 @@ class ChatTemplate:
             ValueError: the template fails on a row, takes too long, or leaves out what it was given.
         """
         texts: list[tuple[str, str]] = []
-        failures: list[Exception] = []
-
-        def work() -> None:
+        for row in rows:
             try:
-                for row in rows:
-                    texts.append(self._render(row))
-            except Exception as error:
-                failures.append(error)
-            except SystemExit:  # It took too long.
-                pass
-
-        _run_while(work, lambda: len(texts))
-        if failures or len(texts) < len(rows):
-            error = failures[0] if failures else f"it takes more than {RENDER_SECONDS:.0f} s"
-            raise ValueError(
-                f"the tokenizer's chat template fails on {rows[len(texts)].place}: {error}; look at [data] "
-                "system_prompt and template_kwargs"
-            ) from (failures[0] if failures else None)
+                texts.append(self._render(row))
+            except ValueError as error:
+                raise ValueError(
+                    f"the tokenizer's chat template fails on {row.place}: {error}; look at [data] system_prompt and "
+                    "template_kwargs"
+                ) from error
         uncut = [text.replace(mark, "") for text, mark in texts]
         encoded = self.tokenizer(uncut, add_special_tokens=False)["input_ids"]
         for index, (text, mark) in enumerate(texts):
@@ -108,9 +94,7 @@ class ChatTemplate:
         mark = next(chr(code) for code in _PRIVATE if chr(code) not in given)
         for message in messages:
             message["content"] = self._special.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", message["content"])
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.arguments
-        )
+        text = render(self.tokenizer, messages, add_generation_prompt=True, **self.arguments)
         # A template may leave out what an assistant thought, turns ago.
         for message in messages:
             if message["role"] in ("system", "user") and message["content"].strip() not in text:
@@ -156,8 +140,8 @@ def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int],
     answer = "An answer"
     messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
     try:
-        _, found, end = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
-    except jinja2.TemplateError:
+        _, found, end = render(tokenizer, messages).rpartition(answer)
+    except ValueError:
         return
     ids = tokenizer(end.strip(), add_special_tokens=False)["input_ids"]
     if not found or not ids or not set(ids).isdisjoint(eos_ids) or any(text in end for text in stop):
@@ -187,17 +171,3 @@ def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     # ValueError: several templates, none of them the default; TypeError: it is not text.
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} is no template: {error}") from error
-
-
-def _run_while(work: Callable[[], None], progress: Callable[[], int]) -> None:
-    """Runs `work` in a thread, which is stopped when `progress` stays the same for RENDER_SECONDS."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    before = None
-    while thread.is_alive() and (now := progress()) != before:
-        before = now
-        thread.join(RENDER_SECONDS)
-    while thread.is_alive():
-        # A template is Python in the end, and an exception gets in between any two of its instructions.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        thread.join(0.1)
