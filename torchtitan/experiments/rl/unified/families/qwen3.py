@@ -97,10 +97,8 @@ class Adapter(Qwen3StateDictAdapter):
         for name, value in getattr(self, "shared", {}).items():
             experts = [rest.pop(each) for each in self._names(name, value)]
             local = torch.stack(experts) if experts else value.to_local()
-            shape, stride = value.shape, value.stride()
-            shared[name] = DTensor.from_local(
-                local, value.device_mesh, value.placements, run_check=False, shape=shape, stride=stride
-            )
+            layout = {"shape": value.shape, "stride": value.stride()}
+            shared[name] = DTensor.from_local(local, value.device_mesh, value.placements, run_check=False, **layout)
         return super().from_hf(rest) | shared
 
     def _names(self, name: str, value: DTensor) -> list[str]:
