@@ -44,3 +44,8 @@ def write_random_checkpoint(folder: Path, changes: dict) -> None:
     (folder / "config.json").write_text(json.dumps(qwen3.to_hf(args) | extra | limits))
     for file in (*TOKENIZER.glob("tokenizer*"), TOKENIZER / "generation_config.json"):
         shutil.copy(file, folder / file.name)
+
+
+def letters(sample) -> float:
+    """A reward that a random policy gets more or less of, so that its weights move: the letters of its completion."""
+    return float(len(sample.completion))

@@ -77,6 +77,7 @@ def test_the_written_config_holds_no_path_into_this_clone(tmp_path):
         ("[parity]\ncheck = true\n", "parity.check = True, but it must be one of 'off', 'report', 'assert'"),
         ('[rl]\nmode = "both"\n', "rl.mode = 'both', but it must be one of 'unified', 'vllm_compat'"),
         ("[rl\n", "is not TOML"),
+        ('[job]\nconfig_file = "other.toml"\n', "a file cannot name another in job.config_file; leave it out"),
         ("[training.dataloader]\nnum_workers = 1.5\n", "training.dataloader.num_workers = 1.5, but it must be int"),
     ],
 )
@@ -163,6 +164,11 @@ def test_words_on_the_command_line_are_read_as_the_keys_type(words, path, value)
         (["--data.system_prompt", "\udc80"], "--data.system_prompt = '\\udc80', but it must be UTF-8 text"),
         (["--sampling.stop", "a", "\udc80"], "--sampling.stop = ['a', '\\udc80'], but it must be UTF-8 text"),
         (["--rl.grop_size", "4"], "unknown flag --rl.grop_size: did you mean '--rl.group_size'?"),
+        (["--reward.weights", "gsm8k", "1", "gsm8k", "2"], "--reward.weights: it names one entry twice"),
+        (
+            ["--job.config_file", "a.toml", "--job.config_file", "a.toml"],
+            "--job.config_file is given 2 times: a job has one",
+        ),
         (["4"], "unexpected word '4': settings are --section.key value"),
     ],
 )
@@ -199,6 +205,8 @@ def test_the_command_names_all_that_is_wrong_with_its_arguments_and_loads_no_tor
         "[evaluation] k",
         "[generator] cores",
     ]
+    absent = command("--job.config_file", "absent.toml", "--rl.group_size", "0", code=code)
+    assert [line.split(" ")[1] for line in absent.stderr.splitlines()] == ["job", "--rl.group_size"]
     helped = command("--help", code=code)
     assert helped.returncode == 0, helped.stderr
     assert "[policy_loss]" in helped.stdout and "--rl.group_size 8\n      Completions sampled for each" in helped.stdout

@@ -116,9 +116,11 @@ FINE = {
 def small_job(tmp_path, monkeypatch) -> list[str]:
     """Flags of a job whose preflight takes a moment: few rows, and a tokenizer that is read once."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"question": "What is 1 plus 1?", "answer": "#### 2"}) + "\n", encoding="utf-8")
-    flags = ["--training.dataset=local", f"--training.dataset_path={rows}", f"--evaluation.dataset_path={rows}"]
+    for name, number in (("rows", 1), ("held_out", 2)):
+        row = {"question": f"What is 1 plus {number}?", "answer": f"#### {1 + number}"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    flags = ["--training.dataset=local", f"--training.dataset_path={tmp_path / 'rows.jsonl'}"]
+    flags.append(f"--evaluation.dataset_path={tmp_path / 'held_out.jsonl'}")
     return [*flags, f"--job.dump_folder={tmp_path / 'run'}"]
 
 

@@ -6,6 +6,7 @@
 """A checkpoint's files and tensors: all ways to store one model load to the same bits, all else is one error."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -179,10 +180,23 @@ def same(name: str) -> str:
     return name
 
 
+def make(kind, path: Path) -> None:
+    """Puts something else in a file's place."""
+    path.unlink()
+    kind(path)
+
+
 REFUSED = {
     "nothing there": (lambda folder: shutil.rmtree(folder), "no checkpoint directory"),
     "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "is a file: name the directory"),
     "empty": (lambda folder: (folder / "model.safetensors").unlink(), "is no checkpoint: there are no *.safetensors"),
+    "pipe": (lambda folder: make(os.mkfifo, folder / "model.safetensors"), "is a pipe, a socket or a device"),
+    "pipe beside": (lambda folder: os.mkfifo(folder / "notes.txt"), "notes.txt is a pipe, a socket or a device"),
+    "directory": (lambda folder: make(os.mkdir, folder / "model.safetensors"), "is a directory, and its name is that"),
+    "dead link": (
+        lambda folder: make(lambda path: os.symlink("../blobs/x", path), folder / "model.safetensors"),
+        "model.safetensors is a link to ../blobs/x, and nothing is there",
+    ),
     "two files": (
         lambda folder: shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors"),
         f"holds 2 files of weights and no {INDEX} that says which count: model.safetensors, model_old.safetensors",
@@ -272,8 +286,9 @@ REFUSED = {
         "lies in '../model.safetensors', which is no *.safetensors beside it",
     ),
     "index of nothing": (sharded(lambda folder: write_index(folder, {})), "names no tensor"),
-    "no index": (sharded(lambda folder: (folder / INDEX).write_text("{}")), "is no index: KeyError"),
+    "no index": (sharded(lambda folder: (folder / INDEX).write_text("{}")), "it has no weight_map"),
     "index cut": (sharded(lambda folder: (folder / INDEX).write_text("{")), "is no index: JSONDecodeError"),
+    "index of null": (sharded(lambda folder: (folder / INDEX).write_text("null")), "it has no weight_map"),
     "index lost": (sharded(lambda folder: (folder / INDEX).unlink()), f"holds 3 files of weights and no {INDEX}"),
 }
 

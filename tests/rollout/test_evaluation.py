@@ -92,6 +92,11 @@ def one_file(tmp_path: Path) -> list[str]:
     return ["--training.dataset", "local", "--training.dataset_path", str(tmp_path / "rows.jsonl")]
 
 
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
 def no_numbers(tmp_path: Path) -> list[str]:
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "two"}\n')
     return ["--evaluation.dataset_path", str(tmp_path / "rows.jsonl")]
@@ -103,10 +108,25 @@ def no_numbers(tmp_path: Path) -> list[str]:
         (lambda t: ["--evaluation.k", "5"], r"k = \[5\] with samples = 4: pass@k takes at least k samples"),
         (lambda t: ["--evaluation.temperature", "0"], "samples = 4 at temperature 0 would all be the same"),
         (lambda t: ["--evaluation.reward", "gsm9k"], "'gsm9k' does not exist; choose from gsm8k"),
-        (one_file, r"rows.jsonl is what the job trains on; give held-out rows"),
+        (one_file, r"\[evaluation\] 1 of its 1 problems are among those that the job trains on \(.*give held-out rows"),
+        (
+            lambda t: [*one_file(t), "--evaluation.dataset_path", str(link(t / "again.jsonl", t / "rows.jsonl"))],
+            "problems are among those that the job trains on",
+        ),
         (no_numbers, "rows.jsonl, line 1: the reference answer 'two' has no number"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, flags, complaint):
     with pytest.raises(ValueError, match=complaint):
         check(load_job_config(["--evaluation.interval", "3", *TWO_OF_FOUR, *flags(tmp_path)]))
+
+
+def test_some_problems_that_are_trained_on_and_too_few_of_them_are_warnings(tmp_path):
+    rows = [{"question": f"{n}+{n}?", "answer": f"#### {2 * n}"} for n in range(3)]
+    for name, part in (("train", rows[:2]), ("test", rows[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    flags = ["--training.dataset", "local", "--training.dataset_path", str(tmp_path)]
+    job = check(load_job_config([*flags, "--evaluation.problems", "9", f"--job.dump_folder={tmp_path / 'run'}"]))
+    job.close()
+    assert any("problems = 9: there are only 2" in line for line in job.warnings)
+    assert any("1 of its 2 problems are among those that the job trains on" in line for line in job.warnings)

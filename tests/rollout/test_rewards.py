@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from torchtitan.experiments.rl.unified.rollout.rewards import RewardError, RewardInput, Rewards, REWARDS
+from torchtitan.experiments.rl.unified.rollout.rewards import RewardError, RewardInput, Rewards, REWARDS, user
 
 # What a user may write. `backtracks` hangs inside one call of C code that holds the interpreter's lock.
 USERS_MODULE = """
@@ -234,6 +234,30 @@ def test_a_users_module_is_found_in_the_working_directory(tmp_path, monkeypatch)
     assert score("rewards_here:one", sample("18")) == [1.0]
 
 
+@pytest.mark.parametrize(
+    "code, complaint",
+    [
+        ("import os; os._exit(0)", r"it ended its process, exit status 0 \(its last words"),
+        ("import os; os.kill(os.getpid(), 11)", "it ended its process, killed by signal 11"),
+        ("import time; time.sleep(60)", r"importing 'at_import:one' took more than 3.0 s \("),
+        ("raise OSError(5, 'x')", r"cannot be used: OSError: \[Errno 5\] x"),
+    ],
+)
+def test_a_module_that_does_not_let_itself_be_imported_is_one_error(tmp_path, monkeypatch, code, complaint):
+    monkeypatch.setattr(user, "START_SECONDS", 3.0)
+    (tmp_path / "at_import.py").write_text(f"{code}\ndef one(sample):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        Rewards({"at_import:one": 1.0}, 1.0)
+
+
+def test_of_a_module_that_forks_one_process_answers(tmp_path, monkeypatch, capfd):
+    (tmp_path / "forks.py").write_text("import os\nos.fork()\ndef one(sample):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert score("forks:one", *[sample("18")] * 20) == [1.0] * 20
+    assert capfd.readouterr().err == ""
+
+
 def test_a_users_truth_is_a_number(users_module):
     assert score("users_rewards:right", sample("18"), sample("19")) == [1.0, 0.0]
 
@@ -256,7 +280,7 @@ def test_users_rewards_stand_beside_others(users_module):
         ("returns_text", "it returned '1.0', which is not a number"),
         ("returns_none", "it returned None, which is not a number"),
         ("exits", "SystemExit: 3"),
-        ("leaves", "ended its process"),
+        ("leaves", "it ended its process, exit status 3 ("),
     ],
 )
 def test_a_users_reward_that_fails_is_named_with_the_sample(users_module, function, cause):

@@ -147,6 +147,7 @@ GOOD = json.dumps(ROWS[0]).encode("ascii") + b"\n"
         (GOOD + b'{"question"', r"line 2 is not JSON"),
         (b'{"question": ' + b"[" * 100_000, r"line 1 is not JSON that can be read: it is nested too deep"),
         (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", r"line 1 is not JSON"),
+        (b'{"question": "a", "question": "b", "answer": "1"}', r"line 1 names 'question' twice"),
         (b"[1]\n", r"line 1 is not an object with columns"),
         (LINES.encode("latin-1"), r"line 2 is not UTF-8 text .*: save the file as UTF-8"),
         (LINES.encode("utf-16"), r"bad.jsonl is UTF-16 text; make it UTF-8: iconv"),

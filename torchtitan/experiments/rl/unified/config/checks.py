@@ -33,6 +33,11 @@ def warnings(config: Any) -> list[str]:
     found, scheduler, steps = [], config.lr_scheduler, config.training.steps
     if config.optimizer.lr == 0:
         found.append("[optimizer] lr = 0: the policy stays as it is")
+    if 0 < steps <= config.trajectory_queue.max_staleness:
+        found.append(
+            f"[trajectory_queue] max_staleness {config.trajectory_queue.max_staleness} is not below [training] steps "
+            f"{steps}: every batch is sampled under the first policy"
+        )
     if (total := scheduler.total_steps or steps) < scheduler.warmup_steps:
         found.append(f"[lr_scheduler] warmup_steps {scheduler.warmup_steps} is cut to the schedule's {total} steps")
     return found
@@ -110,6 +115,14 @@ def _date(config: Any) -> Iterator[str]:
         yield f'[data] date = {config.data.date!r}: {error}; a day is written "{datetime.date.today()}"'
 
 
+def _columns(config: Any) -> Iterator[str]:
+    if config.data.question_column == config.data.answer_column:
+        yield (
+            f"[data] question_column and answer_column are both {config.data.answer_column!r}: the prompt would give "
+            "the answer away"
+        )
+
+
 def _learnable(config: Any) -> Iterator[str]:
     sampling = config.sampling
     if config.rl.group_size > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
@@ -126,7 +139,7 @@ def _rewards(config: Any) -> Iterator[str]:
 
 
 def _evaluation(config: Any) -> Iterator[str]:
-    evaluation, training = config.evaluation, config.training
+    evaluation = config.evaluation
     if not evaluation.interval:
         return
     if not evaluation.k or not all(k <= evaluation.samples for k in evaluation.k):
@@ -138,11 +151,6 @@ def _evaluation(config: Any) -> Iterator[str]:
         yield (
             f"[evaluation] samples = {evaluation.samples} at temperature 0 would all be the same; raise the "
             "temperature or take 1 sample"
-        )
-    if training.dataset_path and Path(training.dataset_path).is_file() and evaluation.dataset_path is None:
-        yield (
-            f"[evaluation] has no problems of its own: the file {training.dataset_path} is what the job trains on; "
-            "give held-out rows in [evaluation] dataset_path, or set [evaluation] interval = 0"
         )
 
 
@@ -164,6 +172,11 @@ def _checkpoint(config: Any) -> Iterator[str]:
     settings = config.checkpoint
     if settings.enable and settings.last_save_in_hf and not settings.last_save_model_only:
         yield "[checkpoint] last_save_in_hf holds weights alone: set last_save_model_only = true too"
+    if settings.export_dtype != "float32" and not (settings.enable and settings.last_save_model_only):
+        yield (
+            f"[checkpoint] export_dtype {settings.export_dtype} is that of a last checkpoint of weights alone: set "
+            "enable and last_save_model_only = true, or leave it out"
+        )
     if settings.load_step != -1 and not settings.enable:
         yield f"[checkpoint] load_step {settings.load_step} takes enable = true: without it nothing is looked for"
 
@@ -247,9 +260,10 @@ CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
     _room: ("training.seq_len", "sampling.max_tokens"),
     _stop: ("sampling.stop",),
     _date: ("data.date",),
+    _columns: ("data.question_column", "data.answer_column"),
     _learnable: ("rl.group_size", "sampling.temperature", "sampling.top_k"),
     _rewards: ("reward.weights",),
-    _evaluation: ("evaluation", "training.dataset_path"),
+    _evaluation: ("evaluation",),
     _schedule: ("lr_scheduler.total_steps", "training.steps"),
     _optimizer: ("optimizer.name",),
     _checkpoint: ("checkpoint",),

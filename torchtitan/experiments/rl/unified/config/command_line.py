@@ -28,7 +28,7 @@ def check_arguments(args: list[str]) -> None:
     parsed = parse(keys_of(config_class), args, _DEFAULT)
     problems = list(parsed.problems)
     # Without a file the device decides which one is the default; it is asked later.
-    if problems or "job.config_file" in parsed.values:
+    if (problems or "job.config_file" in parsed.values) and "job.config_file" not in parsed.failed:
         problems += contradictions(build(config_class, parsed.values), parsed.failed)
     if problems:
         raise ValueError("\n".join(problems))

@@ -50,7 +50,12 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
     """
     parsed = Parsed()
     flags = _split(args, parsed)
-    name = next((words[0] for flag, words in flags if _path(flag) == _CONFIG_FILE and words), str(default_file))
+    named = [words[0] for flag, words in flags if _path(flag) == _CONFIG_FILE and words]
+    if len(named) > 1:
+        parsed.problems.append(f"--{_CONFIG_FILE} is given {len(named)} times: a job has one")
+        parsed.failed.add(_CONFIG_FILE)
+        return parsed
+    name = named[0] if named else str(default_file)
     given = {path: (f"job config {name}: {path}", value) for path, value in _read_file(name, keys, parsed).items()}
     trusted = Path(name).resolve().is_relative_to(REPOSITORY)
     for flag, words in flags:
@@ -127,7 +132,9 @@ def _flatten(name: str, table: dict[str, Any], section: str, keys: dict[str, Key
     here = [path for path in keys if not section or path.startswith(f"{section}.")]
     for key, value in table.items():
         path = f"{section}.{key}" if section else key
-        if path in keys:
+        if path == _CONFIG_FILE:
+            parsed.problems.append(f"job config {name}: a file cannot name another in {path}; leave it out")
+        elif path in keys:
             found[path] = value
         elif not any(known.startswith(f"{path}.") for known in here):
             kind, known = ("key", here) if section else ("section", sorted({p.split(".")[0] for p in keys}))
@@ -165,9 +172,9 @@ def _override(flag: str, words: list[str], keys: dict[str, Key], given: dict[str
     hint = keys[path].hint
     if words or hint is bool:
         value = _read_words(words, hint)
-        if value is _NOT_ONE:
-            text = f"{flag}: unexpected {' '.join(words[1:])!r} after {words[0]!r}; a value with spaces takes quotes"
-            parsed.problems.append(text)
+        if value is _NOT_ONE or value is _TWICE:
+            unexpected = f"unexpected {' '.join(words[1:])!r} after {words[0]!r}; a value with spaces takes quotes"
+            parsed.problems.append(f"{flag}: {unexpected if value is _NOT_ONE else 'it names one entry twice'}")
             parsed.failed.add(path)
         else:
             given[path] = (flag, value)
@@ -178,7 +185,7 @@ def _override(flag: str, words: list[str], keys: dict[str, Key], given: dict[str
         parsed.failed.add(path)
 
 
-_NOT_ONE = object()
+_NOT_ONE, _TWICE = object(), object()
 
 
 def _read_words(words: list[str], hint: Any) -> Any:
@@ -191,6 +198,8 @@ def _read_words(words: list[str], hint: Any) -> Any:
         if isinstance(value, (list, dict)) and fits(value, hint):
             return value
     if origin is dict and len(words) % 2 == 0:
+        if len(set(words[::2])) < len(words) // 2:
+            return _TWICE
         return {name: _read(word, parts[1]) for name, word in zip(words[::2], words[1::2], strict=True)}
     if origin is list:
         return [_read(word, parts[0]) for word in words]

@@ -64,6 +64,11 @@ class Device(ABC):
     def check_attention(self, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
         """Raises ValueError where the kernels cannot serve, or are told to be what they cannot; says what they can."""
 
+    def check_backend(self, name: str) -> None:
+        """Raises ValueError for a name of vLLM's attention backends that this device cannot take; empty: its own."""
+        if name:
+            raise ValueError(f"attention_backend = {name!r}: this device has one backend, and no choice; leave it out")
+
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError for a size of the KV cache's blocks, in tokens, that the paged kernel cannot serve."""
 

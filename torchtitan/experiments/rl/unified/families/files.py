@@ -125,7 +125,9 @@ def check_directory(path: Path) -> None:
             f"no checkpoint directory {path}{hint if looks_remote else ': see scripts/download_hf_assets.py'}"
         )
     for file in sorted(path.iterdir()):
-        if not file.is_file():
+        if problem := _no_file(file):
+            raise ValueError(f"{file} {problem}")
+        if file.is_dir():
             continue
         with open(file, "rb") as opened:
             if opened.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -139,6 +141,16 @@ def check_directory(path: Path) -> None:
         )
     if (path / "hf_quant_config.json").exists():
         raise ValueError(f"{path} is quantised (hf_quant_config.json): take the unquantised checkpoint")
+
+
+def _no_file(file: Path) -> str:
+    """What is wrong with what a checkpoint directory holds under this name; empty: nothing. Reading a pipe would hang."""
+    if file.is_symlink() and not file.exists():
+        return f"is a link to {os.readlink(file)}, and nothing is there: fetch it again"
+    if file.is_dir():
+        named = file.suffix in (".safetensors", ".json", ".jinja")
+        return "is a directory, and its name is that of a file of the checkpoint: move it away" if named else ""
+    return "" if file.is_file() else "is a pipe, a socket or a device, and no file: move it away"
 
 
 def _only_file(path: Path) -> Path:
@@ -165,7 +177,10 @@ def _indexed(path: Path) -> dict[Path, set[str]]:
     """The files that the index names, with the tensors that it places in them."""
     index = path / INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict):
+            raise ValueError("it has no weight_map, which says what lies in which file")
         placed: dict[Path, set[str]] = {}
         for name, file in sorted(weight_map.items()):
             if Path(file).name != file or not file.endswith(".safetensors"):

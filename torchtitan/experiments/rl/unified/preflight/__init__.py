@@ -95,6 +95,7 @@ def check(config: JobConfig) -> Job:
     task = checkpoint and passes(Task)
     evaluation = checkpoint and passes(Evaluation)
     ends = task and passes(lambda job: check_tokens(job, task))
+    remarks = task and evaluation and passes(lambda _: evaluation.remarks(task.prompts.prompts))
     if not task:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
@@ -106,7 +107,7 @@ def check(config: JobConfig) -> Job:
             if part:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    said = [*warnings(config), *lost_updates(config), *changed_settings(config), *estimate.warnings()]
+    said = [*warnings(config), *remarks, *lost_updates(config), *changed_settings(config), *estimate.warnings()]
     return Job(config, task, evaluation, ends, said)
 
 

@@ -101,6 +101,7 @@ def check_vocabulary(config: JobConfig) -> None:
             f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {sizes.vocabulary} tokens; 0 is off"
         )
     try:
+        this_device().check_backend(config.generator.attention_backend)
         this_device().check_block_size(config.generator.block_size)
     except ValueError as error:
         raise ValueError(f"[generator] {error}") from None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.messages import completion_seed, Request, Trajectory
-from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, Prompt
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
 from torchtitan.experiments.rl.unified.rollout.task import reward_inputs
 
@@ -44,6 +44,28 @@ class Evaluation:
         """Ends the process of a user's reward, if there is one."""
         if self.config.interval:
             self.rewards.close()
+
+    def remarks(self, prompts: list[Prompt]) -> list[str]:
+        """What is hardly meant: fewer problems than were asked for, or some that are among the `prompts` of training.
+
+        Raises:
+            ValueError: all of them are.
+        """
+        found: list[str] = []
+        if not self.config.interval:
+            return found
+        if self.config.problems > len(self.problems):
+            found.append(f"[evaluation] problems = {self.config.problems}: there are only {len(self.problems)}")
+        known = {(prompt.prompt_ids, prompt.answer) for prompt in prompts}
+        among = [problem.place for problem in self.problems if (problem.prompt_ids, problem.answer) in known]
+        if among:
+            found.append(
+                f"[evaluation] {len(among)} of its {len(self.problems)} problems are among those that the job trains on"
+                f" ({among[0]}): give held-out rows in [evaluation] dataset_path, or set [evaluation] interval = 0"
+            )
+        if len(among) == len(self.problems):
+            raise ValueError(found[-1])
+        return found
 
     def due(self, version: int) -> bool:
         """Whether the policy of this version, as many steps old, is to be evaluated."""

@@ -149,11 +149,11 @@ def _from_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
 def _from_lines(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
-            yield f"{file}, line {number}", _parse(line)
+            yield f"{file}, line {number}", _parse(line, columns)
 
 
 def _from_array(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    rows = _parse(raw)
+    rows = _parse(raw, columns)
     if not isinstance(rows, list):
         problem = rows if isinstance(rows, ValueError) else "is not an array of rows"
         raise ValueError(f"{file} {problem}")
@@ -181,10 +181,24 @@ def _from_csv(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str,
         raise ValueError(f"{file}, line {reader.reader.line_num} is not CSV: {error}") from None
 
 
-def _parse(raw: bytes) -> Any:
+class _GivenTwice(ValueError):
+    """A row names one of its columns twice."""
+
+
+def _parse(raw: bytes, columns: list[str]) -> Any:
     """The JSON of `raw`, or the error to be told with its place."""
+    used = {name for column in columns for name in (column, *column.split("."))}
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(found := dict(pairs)) < len(names) and (twice := used & {n for n in names if names.count(n) > 1}):
+            raise _GivenTwice(f"names {min(twice)!r} twice")
+        return found
+
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=fields)
+    except _GivenTwice as error:
+        return error
     except UnicodeDecodeError as error:
         return ValueError(f"is not UTF-8 text ({error.reason}): save the file as UTF-8")
     except RecursionError:

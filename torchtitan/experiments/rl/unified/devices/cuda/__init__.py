@@ -55,6 +55,12 @@ class Cuda(Device):
         check_heads(self.name, packed.HEAD_SIZES, packed.DTYPES, head_size, num_heads, num_kv_heads, dtype)
         packed.check_device()
 
+    def check_backend(self, name: str) -> None:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        if name and name not in AttentionBackendEnum.__members__:
+            raise ValueError(f"attention_backend = {name!r}: vLLM has {', '.join(AttentionBackendEnum.__members__)}")
+
     def check_block_size(self, block_size: int) -> None:
         if block_size % 16:
             raise ValueError(f"block_size {block_size}: FlashAttention has blocks of a multiple of 16 tokens")

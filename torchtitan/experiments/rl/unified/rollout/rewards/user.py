@@ -13,8 +13,10 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 
@@ -87,8 +89,8 @@ class RewardProcess:
         with theirs:
             command = [sys.executable, str(Path(__file__).with_name("user_process.py")), str(theirs.fileno())]
             errors = subprocess.DEVNULL if self.quiet else None
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=errors)
-        self._end = weakref.finalize(self, _end, self._connection, process)
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=errors)
+        self._end = weakref.finalize(self, _end, self._connection, self._process)
         # The working directory is where people put a module of their own; a command's sys.path need not have it.
         self._connection.send(([*sys.path, os.getcwd()], self.path))
         self._ready = False
@@ -104,17 +106,26 @@ class RewardProcess:
             self._ready = True
 
     def _receive(self, limit_seconds: float, overdue: str) -> float:
+        begun = time.monotonic()
         try:
             if not self._connection.poll(limit_seconds):
                 raise EOFError
             error, value = self._connection.recv()
         except (EOFError, ConnectionError):
+            in_time = time.monotonic() - begun < limit_seconds - GRACE_SECONDS
+            what = f"it ended its process, {self._status()}" if in_time else overdue
             self._end()
-            words = "" if self.quiet else " (its last words are on standard error)"
-            raise ProcessEnded(f"{overdue}, or it ended its process{words}") from None
+            raise ProcessEnded(what if self.quiet else f"{what} (its last words are on standard error)") from None
         if error is not None:
             raise ValueError(error)
         return value
+
+    def _status(self) -> str:
+        """How a process whose pipe is closed ended."""
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(GRACE_SECONDS)
+            return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        return "or closed its pipe"
 
 
 def _end(parent: connection.Connection, process: subprocess.Popen) -> None:

@@ -13,6 +13,7 @@ import faulthandler
 import importlib
 import inspect
 import numbers
+import os
 import runpy
 import signal
 import sys
@@ -26,10 +27,13 @@ from typing import Any
 def serve(parent: Connection) -> None:
     """Answers until the other side is gone. A sample that takes too long ends the process, its stack on stderr."""
     sys.path[:], path = parent.recv()
+    process = os.getpid()
     try:
         function = _load(path)
     except BaseException as error:
         parent.send((f"reward {path!r} cannot be used: {_describe(error)}", None))
+        return
+    if os.getpid() != process:  # A module that forks when it is imported: only one may answer.
         return
     parent.send((None, 0.0))
     reward_input = runpy.run_path(str(Path(__file__).with_name("base.py")))["RewardInput"]
