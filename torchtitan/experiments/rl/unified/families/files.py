@@ -144,7 +144,7 @@ def check_directory(path: Path) -> None:
 
 
 def _no_file(file: Path) -> str:
-    """What is wrong with what a checkpoint directory holds under this name; empty: nothing. Reading a pipe would hang."""
+    """What is wrong with what a checkpoint holds under this name; empty: nothing. Reading a pipe would hang."""
     if file.is_symlink() and not file.exists():
         return f"is a link to {os.readlink(file)}, and nothing is there: fetch it again"
     if file.is_dir():
