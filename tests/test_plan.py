@@ -113,7 +113,10 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["qwen3_0.6b_unified", "qwen3_0.6b_vllm_compat", "qwen3_0.6b_fsdp2_tp2"])
+GPU_CONFIGS = ["qwen3_0.6b_unified", "qwen3_0.6b_vllm_compat", "qwen3_0.6b_4gpu", "qwen3_0.6b_fsdp2_tp2"]
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
 def test_the_gpu_configs_dry_run_on_any_machine(name, tmp_path, capsys):
     write_large(tmp_path)
     flags = ["--model.hf_assets_path", str(tmp_path), "--training.dataset", "gsm8k_tiny"]

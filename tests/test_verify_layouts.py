@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from torchtitan.experiments.rl.unified.config.load import REPOSITORY
+from torchtitan.experiments.rl.unified.config.checks import contradictions
+from torchtitan.experiments.rl.unified.config.derived import trainer_ranks
+from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -48,3 +50,12 @@ def test_a_layout_that_differs_is_named(change, monkeypatch, capsys):
     assert verify_layouts.main() == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WRONG")]
     assert len(wrong) == 1 and wrong[0].startswith("TP 2 ")
+
+
+@pytest.mark.parametrize("layout, ranks", [("FSDP 4 + 4 generators on its cards", 4), ("TP 2 + generator TP 2", 2)])
+def test_layouts_of_cards_are_jobs(layout, ranks, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import verify_cards
+
+    config = load_job_config(verify_cards.flags_of(layout, REPOSITORY / "tests/assets/qwen3_tiny"))
+    assert contradictions(config) == [] and trainer_ranks(config) == ranks and config.parity.check == "assert"
