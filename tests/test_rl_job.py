@@ -182,7 +182,7 @@ BAD_INPUT = {
     "no such reward": (no_such_reward, "'gsm9k' does not exist; choose from gsm8k, math_verify"),
     "no held-out rows": (
         lambda t: rows(t, {"question": "1+1?", "answer": "#### 2"}),
-        "rows.jsonl is what the job trains on; give held-out rows in [evaluation] dataset_path",
+        "problems are among those that the job trains on",
     ),
     "a template that raises": (
         lambda t: ["--model.hf_assets_path", template(t, "{{ raise_exception('no system role') }}")],

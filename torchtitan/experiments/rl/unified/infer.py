@@ -17,7 +17,7 @@ try:
     import torch
     from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
     from torchtitan.experiments.rl.unified.config.checks import environment_problems
-    from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+    from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
     from torchtitan.experiments.rl.unified.devices import this_device
     from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
     from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
@@ -152,4 +152,6 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if status := main(sys.argv[1:]):
+        sys.exit(status)
+    exit_at_once()

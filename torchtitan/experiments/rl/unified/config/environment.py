@@ -5,7 +5,9 @@
 
 """The environment variables and log levels of a job."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -46,6 +48,22 @@ def prepare_environment() -> None:
     # torchtitan logs to the root logger; vLLM takes its level from the environment, but only once an engine is built.
     for name, level in (("", logging.ERROR), ("vllm", logging.ERROR), (PACKAGE, logging.WARNING)):
         logging.getLogger(name).setLevel(level)
+
+
+def exit_at_once() -> None:
+    """When this process ends in order, with status 0, it ends there and then.
+
+    What the interpreter and vLLM clear up takes seconds and is memory, which the system takes back. An engine's other ranks
+    are children: with them it ends as it used to.
+    """
+
+    def leave() -> None:
+        if not multiprocessing.active_children():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    atexit.register(leave)
 
 
 def honour_environment(config: JobConfig, on_gpu: bool) -> None:

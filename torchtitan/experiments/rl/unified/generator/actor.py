@@ -6,7 +6,7 @@
 """An engine as a Monarch actor."""
 
 from monarch.actor import Actor, endpoint
-from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.errors import crosses_as_text
@@ -32,6 +32,7 @@ class GeneratorActor(Actor):
         prepare_environment()
         this_device().use_cards(self.first_gpu, self.config.generator.tensor_parallel_degree)
         self.generator = Generator(self.config)
+        exit_at_once()
         return this_device().arithmetic()
 
     @endpoint

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from monarch.actor import Actor, endpoint
 from torchtitan.experiments.rl.unified.config.derived import threads_of_rank
-from torchtitan.experiments.rl.unified.config.environment import prepare_environment
+from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.devices import this_device
 from torchtitan.experiments.rl.unified.isolation import keep_stores_on_loopback
@@ -67,6 +67,7 @@ class TrainerActor(Actor):
         self.trainer = RLTrainer(self.config)
         self.trainer.load()
         self.transport, self.changes = build_transport(self.config), Changes()
+        exit_at_once()
         return self.trainer.step, self.trainer.task_state, this_device().arithmetic()
 
     @of_every_rank
