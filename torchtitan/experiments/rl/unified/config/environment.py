@@ -53,8 +53,8 @@ def prepare_environment() -> None:
 def exit_at_once() -> None:
     """When this process ends in order, with status 0, it ends there and then.
 
-    What the interpreter and vLLM clear up takes seconds and is memory, which the system takes back. An engine's other ranks
-    are children: with them it ends as it used to.
+    What the interpreter and vLLM clear up takes seconds and is memory, which the system takes back. An engine's other
+    ranks are children: with them it ends as it used to.
     """
 
     def leave() -> None:
