@@ -7,12 +7,17 @@
 
 import ipaddress
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.isolation import other_users
+from torchtitan.experiments.rl.unified.preflight import check
 
 # Runs a job on a host of another name and prints what listened meanwhile, as /proc/net has it.
 HOST = """
@@ -70,3 +75,15 @@ def test_a_job_listens_on_loopback_alone(hosts, tmp_path):
     status, listeners = json.loads(ran.stdout.splitlines()[-1])
     assert status == 0, ran.stderr
     assert listeners and all(address(words).is_loopback for words in listeners), [*map(address, listeners)]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="starts a process of another user")
+def test_other_users_are_a_warning(tmp_path):
+    flags = ["--job.dump_folder", str(tmp_path / "run"), "--evaluation.interval", "0"]
+    with subprocess.Popen(["sleep", "100"], user=4321) as process:
+        try:
+            with closing(check(load_job_config(flags))) as job:
+                assert any(line.startswith("4321 can reach this job's") for line in job.warnings)
+        finally:
+            process.kill()
+    assert "4321" not in other_users()

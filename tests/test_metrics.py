@@ -21,7 +21,7 @@ from torchtitan.experiments.rl.unified.messages import (
     TokenStats,
     Trajectory,
 )
-from torchtitan.experiments.rl.unified.record.run import RunRecord, set_aside
+from torchtitan.experiments.rl.unified.record.run import check_aside, RunRecord, set_aside
 from torchtitan.experiments.rl.unified.record.step import notable
 from torchtitan.experiments.rl.unified.record.timing import timed
 
@@ -167,3 +167,20 @@ def test_a_report_that_fails_is_a_warning(tmp_path, caplog):
     with RunRecord(config_of(tmp_path)):
         (tmp_path / "run/report.html").mkdir()
     assert "no report of" in caplog.text and "IsADirectoryError" in caplog.text
+
+
+@pytest.mark.parametrize("place, why", [("here", "where you are"), ("mount", "a mount point")])
+def test_a_folder_that_cannot_be_moved_aside_is_one_error(tmp_path, monkeypatch, place, why):
+    config = config_of(tmp_path)
+    folder = Path(config.job.dump_folder)
+    folder.mkdir(exist_ok=True)
+    assert not check_aside(config)
+    (folder / "metrics.jsonl").touch()
+    assert check_aside(config)
+    if place == "here":
+        monkeypatch.chdir(folder)
+        config.job.dump_folder = "."
+    else:
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == folder)
+    with pytest.raises(ValueError, match=f"holds an earlier run, which would be moved aside, and is {why}"):
+        check_aside(config)

@@ -30,7 +30,7 @@ BELOW = {
     "rollout": "config messages errors algorithms tokenizer",
     "trainer": "config messages errors devices families algorithms weights record dcp isolation",
     "generator": "config messages errors devices families weights",
-    "preflight": "config messages errors devices algorithms record weights families rollout tokenizer",
+    "preflight": "config messages errors devices algorithms record weights families rollout tokenizer isolation",
     "controller": "config messages errors devices trainer generator weights rollout record isolation",
     "infer": "config devices families generator tokenizer isolation",
     "simple_rl_multiprocess": "config devices errors preflight controller record rollout isolation",

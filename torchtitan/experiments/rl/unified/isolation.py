@@ -7,16 +7,20 @@
 
 import contextlib
 import os
+import pwd
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 ADDRESS = "127.0.0.1"
 # Of a folder for temporary files. Monarch and vLLM have sockets there, whose paths have at most 107 characters.
 LONGEST_PATH = 60
+# As Linux gives them out.
+FIRST_USER, NOBODY = 1000, 65534
 
 
 def stay_on_loopback() -> None:
@@ -84,3 +88,22 @@ def own_temporary_folder() -> Iterator[None]:
                 os.environ["TMPDIR"] = before
             shutil.rmtree(folder, ignore_errors=True)
             watcher.communicate(b"\n")
+
+
+def other_users() -> list[str]:
+    """Who else, system accounts aside, has processes here that could reach this job's sockets; in a network namespace
+    of its own with loopback alone, nobody."""
+    if [name for _, name in socket.if_nameindex()] == ["lo"]:
+        return []
+    uids = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # It has just ended.
+            uids.add(entry.stat().st_uid)
+    return sorted(_name(uid) for uid in uids if uid >= FIRST_USER and uid not in (os.getuid(), NOBODY))
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -234,6 +234,9 @@ class Supervision:
     max_restarts: Annotated[int, COUNT_OR_NONE] = 3
     """How often a run starts a lost generator or trainer mesh again before it gives up"""
 
+    start_seconds: Annotated[float, SECONDS] = 600
+    """Longest wait for the trainer's ranks to start, and for an engine"""
+
     grace_seconds: Annotated[float, SECONDS] = 30
     """After SIGTERM or SIGHUP, which end the run as Ctrl-C does, how long until its processes are killed"""
 

@@ -54,14 +54,17 @@ class Replica:
         binding = bind_to_cores(self.config.generator.cores, 1)
         self._procs = self.host.spawn_procs(per_host={"ranks": 1}, name=self.name, proc_bind=binding)
         self._actor = self._procs.spawn(self.name, GeneratorActor, self.config, self.first_gpu)
-        limit = self.config.comm.init_timeout_seconds
+        limit = self.config.supervision.start_seconds
         self.arithmetic = await answer(self._actor.setup.call_one(), limit, f"{self.name} to start")
         if self._update is not None:
             await self._fetch()
 
     async def generate(self, requests: list[Request]) -> list[Trajectory]:
         """One completion for each request, in their order."""
-        limit, what = self.config.generator.timeout_seconds, f"{len(requests)} completions of {self.name}"
+        # An evaluation may ask for many batches at once.
+        batch = self.config.rl.prompts_per_step * self.config.rl.group_size / self.config.generator.replicas
+        limit = self.config.generator.timeout_seconds * max(1.0, len(requests) / batch)
+        what = f"{len(requests)} completions of {self.name}"
         return await self._surviving(lambda: answer(self._actor.generate.call_one(requests), limit, what))
 
     async def update_weights(self, update: WeightUpdate) -> None:

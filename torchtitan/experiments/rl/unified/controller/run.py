@@ -19,6 +19,7 @@ from torchtitan.experiments.rl.unified.errors import TrainerLost, WeightTransfer
 from torchtitan.experiments.rl.unified.messages import Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start
 from torchtitan.experiments.rl.unified.record.owner import owned
+from torchtitan.experiments.rl.unified.record.provenance import checkpoint_digests
 from torchtitan.experiments.rl.unified.record.run import RunRecord, set_aside
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.task import Task
@@ -62,14 +63,15 @@ async def attempt(config: JobConfig, meshes, task: Task, evaluation: Evaluation)
     Raises:
         TrainerLost: a rank of the trainer was lost; another attempt may follow.
     """
-    (step, state), _ = await asyncio.gather(meshes.trainer.start(), meshes.generators.start())
+    digesting = asyncio.to_thread(checkpoint_digests, config)
+    (step, state), _, digests = await asyncio.gather(meshes.trainer.start(), meshes.generators.start(), digesting)
     if config.parity.check != "off":
         engines = {replica.name: replica.arithmetic for replica in meshes.generators.replicas}
         one_arithmetic({"the trainer": meshes.trainer.arithmetic} | engines)
     batches = [Batch([Trajectory.from_dict(values) for values in batch]) for batch in state.get("batches", [])]
     queue = TrajectoryQueue(steps_ahead(config), step, batches)
     task.load_state_dict(state.get("task"))
-    with RunRecord(config, step) as record:
+    with RunRecord(config, step, digests) as record:
         generating = asyncio.ensure_future(generate(config, meshes, queue, task, evaluation))
         try:
             await train(config, meshes, queue, task, evaluation, record)

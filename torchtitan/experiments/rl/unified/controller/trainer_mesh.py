@@ -51,7 +51,7 @@ class TrainerMesh:
         store = () if on_many_hosts(self.config) else (isolation.ADDRESS, isolation.free_port())
         await setup_torch_elastic_env_async(self._procs, *store)
         self._actors = self._procs.spawn("trainer", TrainerActor, self.config)
-        limit = self.config.comm.init_timeout_seconds
+        limit = self.config.supervision.start_seconds
         answers = await self._call("the trainer to start", self._actors.setup, seconds=limit)
         self.arithmetic = one_arithmetic({f"trainer rank {rank}": a for rank, (*_, a) in enumerate(answers)})
         # Started again it goes on from what this run has saved since, not from the step that the run began with.

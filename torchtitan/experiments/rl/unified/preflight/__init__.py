@@ -14,6 +14,7 @@ from torchtitan.experiments.rl.unified.algorithms.advantages import advantage_es
 from torchtitan.experiments.rl.unified.algorithms.losses import policy_loss
 from torchtitan.experiments.rl.unified.config.checks import contradictions, warnings
 from torchtitan.experiments.rl.unified.config.load import JobConfig
+from torchtitan.experiments.rl.unified.isolation import other_users
 from torchtitan.experiments.rl.unified.preflight.cluster import check_cluster
 from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job, JobEstimate
 from torchtitan.experiments.rl.unified.preflight.model import (
@@ -27,7 +28,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
 from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.record.owner import check_free
-from torchtitan.experiments.rl.unified.record.run import goes_on
+from torchtitan.experiments.rl.unified.record.run import check_aside, goes_on
 from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
@@ -88,7 +89,9 @@ def check(config: JobConfig) -> Job:
         estimate = passes(estimate_job)
     if checkpoint:
         passes(check_resume) and passes(check_settings)
-    passes(lambda job: goes_on(job) or None) and passes(lambda job: check_free(Path(job.job.dump_folder)))
+    passes(lambda job: goes_on(job) or check_aside(job) or None) and passes(
+        lambda job: check_free(Path(job.job.dump_folder))
+    )
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)
@@ -107,7 +110,14 @@ def check(config: JobConfig) -> Job:
             if part:
                 part.close()
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    said = [*warnings(config), *remarks, *lost_updates(config), *changed_settings(config), *estimate.warnings()]
+    said = [
+        *warnings(config),
+        *_strangers(),
+        *remarks,
+        *lost_updates(config),
+        *changed_settings(config),
+        *estimate.warnings(),
+    ]
     return Job(config, task, evaluation, ends, said)
 
 
@@ -117,3 +127,12 @@ def _read_rows(config: JobConfig) -> None:
         raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
     place = config.training.dataset_path or QA_DATASETS[name]
     read_rows(place, "train", config.data.question_column, config.data.answer_column)
+
+
+def _strangers() -> list[str]:
+    if not (users := other_users()):
+        return []
+    return [
+        f"{', '.join(users[:5])} can reach this job's processes, and have code run as you, through Monarch's sockets: "
+        "README section 9 says how to keep them out"
+    ]

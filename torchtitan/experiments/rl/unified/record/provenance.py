@@ -32,13 +32,20 @@ DISTRIBUTIONS = (
 )
 
 
-def write_provenance(config: JobConfig, path: Path, first_step: int) -> None:
+def checkpoint_digests(config: JobConfig) -> dict[str, str]:
+    """SHA-256 of each file that the job starts from, by name. Takes seconds for each few GB."""
+    folders = filter(None, (config.model.hf_assets_path, config.checkpoint.initial_load_path))
+    return sha256(file for folder in folders for file in Path(folder).glob("*") if file.is_file())
+
+
+def write_provenance(config: JobConfig, path: Path, first_step: int, digests: dict[str, str]) -> None:
     """Writes the JSON file, or adds to it: a run that is resumed has one entry for each start.
 
     Args:
         config: the job.
         path: of the file.
         first_step: steps taken before this start.
+        digests: `checkpoint_digests`.
     """
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
     starts = [start for start in starts if start["first_step"] < first_step]
@@ -57,9 +64,7 @@ def write_provenance(config: JobConfig, path: Path, first_step: int) -> None:
             "seeds": {"debug.seed": config.debug.seed, "debug.deterministic": config.debug.deterministic},
         }
     )
-    folders = filter(None, (config.model.hf_assets_path, config.checkpoint.initial_load_path))
-    files = sha256(file for folder in folders for file in Path(folder).glob("*") if file.is_file())
-    path.write_text(json.dumps({"checkpoint": files, "starts": starts}, indent=1) + "\n")
+    path.write_text(json.dumps({"checkpoint": digests, "starts": starts}, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
 from torchtitan.experiments.rl.unified.config.load import JobConfig, write_toml
 from torchtitan.experiments.rl.unified.record import jsonl
-from torchtitan.experiments.rl.unified.record.provenance import write_provenance
+from torchtitan.experiments.rl.unified.record.provenance import checkpoint_digests, write_provenance
 from torchtitan.experiments.rl.unified.record.replay import ReplayFolder
 from torchtitan.experiments.rl.unified.record.report import write_report
 from torchtitan.experiments.rl.unified.record.step import StepRecord
@@ -30,10 +30,12 @@ class RunRecord:
     Args:
         config: the job; `job.dump_folder` is the run's folder.
         first_step: steps already taken.
+        digests: of the checkpoint, as `checkpoint_digests` takes its time to find them.
     """
 
-    def __init__(self, config: JobConfig, first_step: int = 0) -> None:
+    def __init__(self, config: JobConfig, first_step: int = 0, digests: dict[str, str] | None = None) -> None:
         self.config = config
+        self.digests = checkpoint_digests(config) if digests is None else digests
         self.folder = Path(config.job.dump_folder)
         self.first_step = first_step
         self.history: list[dict[str, Any]] = []
@@ -43,7 +45,7 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_config(self.config, self.folder)
-        write_provenance(self.config, self.folder / "provenance.json", self.first_step)
+        write_provenance(self.config, self.folder / "provenance.json", self.first_step, self.digests)
         steps = self.config.training.steps
         with ExitStack() as stack:
             self._loggers = stack.enter_context(closing(self._build_loggers()))
@@ -159,14 +161,33 @@ def goes_on(config: JobConfig) -> bool:
     return True
 
 
-def set_aside(config: JobConfig) -> Path | None:
-    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name."""
+def check_aside(config: JobConfig) -> bool:
+    """Whether the job's folder holds a run that this one does not go on with.
+
+    Raises:
+        ValueError: it does, and cannot be renamed.
+    """
     folder = Path(config.job.dump_folder)
-    if goes_on(config):
+    if goes_on(config) or not (folder / "metrics.jsonl").exists():
+        return False
+    here = Path.cwd().is_relative_to(folder.resolve())
+    if here or folder.is_mount():
+        raise ValueError(
+            f"[job] dump_folder {folder} holds an earlier run, which would be moved aside, and is "
+            f"{'where you are' if here else 'a mount point'}: name a folder in it"
+        )
+    return True
+
+
+def set_aside(config: JobConfig) -> Path | None:
+    """Renames the job's folder if it holds a run that this one does not go on with; returns its new name.
+
+    Raises:
+        ValueError: it has to, and cannot.
+    """
+    if not check_aside(config):
         return None
-    if not (folder / "metrics.jsonl").exists():
-        return None
-    number = 1
+    folder, number = Path(config.job.dump_folder), 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
