@@ -15,6 +15,9 @@ from torchtitan.experiments.rl.unified.rollout.rewards import RewardError, Rewar
 
 # Answers and references of GSM8K's, MATH's and AIME's kinds, behind "#### " unless they bring a mark of their own.
 EQUAL = [
+    ("1e3", "1000"),
+    ("-1.5e-3", "-0.0015"),
+    ("1 000", "1000"),
     ("18", "18"),
     ("$1,250.00", "1250"),
     ("1250 dollars", "\\$1250"),
@@ -80,6 +83,9 @@ EQUAL = [
     ("The final answer is $\\frac{6}{3}$.", "2"),
 ]
 UNEQUAL = [
+    ("1 2", "12"),
+    ("34", "3 4"),
+    ("1 00", "100"),
     ("19", "18"),
     ("-7", "7"),
     ("1000", "10000"),

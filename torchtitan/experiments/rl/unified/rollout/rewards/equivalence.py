@@ -30,6 +30,7 @@ _REPAIRS = [
     for pattern, replacement in [
         (r"(?<!_\d)(?<=[\d)])\s*(?=\(|\\(?:[dt]?binom|gcd|lcm|lfloor|lceil|max|min)\b)", r"\\cdot "),
         (r"(\d) (\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1\\cdot 10^{\2}"),
         (r"(\\(?:sin|cos|tan|cot|sec|csc)\b[^,;]*?)(\d+)\s*\^\s*\{?\s*\\circ\s*\}?", r"\1(\\frac{\2\\pi}{180})"),
         (r"\\varnothing\b", r"\\emptyset "),
     ]

@@ -25,8 +25,9 @@ MAX_PROCESSES = 4
 # Of a text without a mark.
 SEARCHED_CHARS = 1000
 
-_INTEGER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)")
-_DRESS = re.compile(r"\s+|\\left(?![a-z])|\\right(?![a-z])|^\$+|\$+$|^\\\(|\\\)$|\*\*$|^\*\*|[.`]+$|^`+")
+_INTEGER = re.compile(r"-?(?:\d{1,3}(?:[, ]\d{3})+|\d+)")
+# Spaces count between digits alone.
+_DRESS = re.compile(r"(?<!\d)\s+|\s+(?!\d)|\\left(?![a-z])|\\right(?![a-z])|^\$+|\$+$|^\\\(|\\\)$|\*\*$|^\*\*|[.`]+$|^`+")
 
 logger = logging.getLogger(__name__)
 
@@ -97,5 +98,5 @@ def _judge(sample: RewardInput) -> float | RewardInput:
 
 def _digits(integer: str) -> str:
     """`integer` in one spelling; a text, as it may have more digits than Python makes a number of."""
-    digits = integer.replace(",", "").lstrip("-0")
+    digits = re.sub("[, ]", "", integer).lstrip("-0")
     return f"-{digits}" if digits and integer.startswith("-") else digits
