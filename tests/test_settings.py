@@ -12,6 +12,7 @@ import re
 import shutil
 import tomllib
 import typing
+from contextlib import closing
 from pathlib import Path
 from types import UnionType
 
@@ -26,8 +27,9 @@ from torchtitan.experiments.rl.unified.config.schema import keys_of, numbers
 from torchtitan.experiments.rl.unified.config.sections import Sections
 from torchtitan.experiments.rl.unified.preflight import check
 from torchtitan.experiments.rl.unified.preflight.model import model_of_job
-from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_position, check_settings
 from torchtitan.experiments.rl.unified.record.run import RunRecord
+from torchtitan.experiments.rl.unified.rollout.task import Task
 from transformers import AutoTokenizer
 
 KEYS = keys_of(JobConfig)
@@ -187,7 +189,31 @@ def test_a_resume_applies_or_refuses_each_key(run_before):
         else:
             check_settings(resumed)
             told = [] if path.startswith(("job.", "checkpoint.initial_load")) else [path]
+            told = ["not"] if path == "checkpoint.initial_load_path" else told  # Read again.
             assert [line.split()[3] for line in changed_settings(resumed)] == told
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        ({}, ""),
+        ({"rows": "0"}, "the data set has other rows"),
+        ({"prompts": "0"}, "the tokenizer, its chat template"),
+    ],
+)
+def test_a_position_among_other_prompts_is_refused_before_anything_starts(run_before, tmp_path, change, cause):
+    config = load_job_config(run_before)
+    with closing(Task(config)) as task:
+        saved = json.dumps({"task": task.state_dict() | change, "batches": []})
+        state = dict(model_of_job(config).build().state_dict()) | {"train_state": {"step": 4, "task": saved}}
+        dcp.save(state, checkpoint_id=tmp_path / "run" / "checkpoint" / "step-4", no_dist=True)
+        at_start = task.state_dict()
+        if cause:
+            with pytest.raises(ValueError, match=f"one among other prompts: {cause}"):
+                check(config)
+        else:
+            check_position(config, task)
+        assert task.state_dict() == at_start
 
 
 def test_another_tokenizer_is_allowed_without_a_reference_policy(run_before, tmp_path):

@@ -67,10 +67,12 @@ def test_a_restored_position_goes_on_as_if_never_stopped(tokenizer, ten_rows, dr
 
 def test_a_position_in_other_data_is_refused(tokenizer, ten_rows):
     saved = PromptDataset("local", ten_rows, tokenizer, seed=3).state_dict()
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match=r"\[debug\] seed orders them otherwise"):
         PromptDataset("local", ten_rows, tokenizer, seed=4).load_state_dict(saved)
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match="the data set has other rows, or in another order"):
         PromptDataset("gsm8k_tiny", None, tokenizer, seed=3).load_state_dict(saved)
+    with pytest.raises(ValueError, match="makes other ones of the same rows"):
+        PromptDataset("local", ten_rows, tokenizer, seed=3, system_prompt="Think.").load_state_dict(saved)
 
 
 def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path):

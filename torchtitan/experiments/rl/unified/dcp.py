@@ -123,8 +123,8 @@ def load(state_dict: dict[str, Any], path: str | Path) -> None:
     torch_dcp.load(state_dict, storage_reader=Reader(path), planner=_Planner())
 
 
-def load_alone(state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Loads whole tensors in place, in this process alone.
+def load_alone(state_dict: dict[str, Any], path: str | Path) -> None:
+    """Loads whole tensors and other entries in place, in this process alone.
 
     Raises:
         ValueError: they cannot be read.

@@ -25,7 +25,7 @@ from torchtitan.experiments.rl.unified.preflight.model import (
     lost_updates,
     model_of_job,
 )
-from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_settings
+from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_position, check_settings
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.record.owner import check_free
 from torchtitan.experiments.rl.unified.record.run import check_aside, goes_on
@@ -87,8 +87,7 @@ def check(config: JobConfig) -> Job:
         passes(check_arithmetic)
         passes(check_vocabulary)
         estimate = passes(estimate_job)
-    if checkpoint:
-        passes(check_resume) and passes(check_settings)
+    resumes = checkpoint and passes(check_resume) and passes(check_settings)
     passes(lambda job: goes_on(job) or check_aside(job) or None) and passes(
         lambda job: check_free(Path(job.job.dump_folder))
     )
@@ -98,6 +97,7 @@ def check(config: JobConfig) -> Job:
     task = checkpoint and passes(Task)
     evaluation = checkpoint and passes(Evaluation)
     ends = task and passes(lambda job: check_tokens(job, task))
+    resumes and task and passes(lambda job: check_position(job, task))
     remarks = task and evaluation and passes(lambda _: evaluation.remarks(task.prompts.prompts))
     if not task:
         # Its parts, one by one: each may have a problem of its own.

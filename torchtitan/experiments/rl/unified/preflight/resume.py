@@ -13,7 +13,8 @@ from typing import Any
 from torchtitan.experiments.rl.unified.config.keys import FIXED
 from torchtitan.experiments.rl.unified.config.load import JobConfig, toml_values
 from torchtitan.experiments.rl.unified.config.schema import keys_of
-from torchtitan.experiments.rl.unified.record.checkpoints import find_start
+from torchtitan.experiments.rl.unified.record.checkpoints import find_start, saved_task
+from torchtitan.experiments.rl.unified.rollout.task import Task
 
 # They say where the job is and where it began, not what it does.
 _PLACES = ("job.", "checkpoint.load_step", "checkpoint.initial_load")
@@ -37,13 +38,30 @@ def check_settings(config: JobConfig) -> None:
         )
 
 
+def check_position(config: JobConfig, task: Task) -> None:
+    """Where the run stood is a place among the job's prompts.
+
+    Raises:
+        ValueError: says what has changed.
+    """
+    saved = find_start(config).saved
+    state = saved_task(saved.path) if saved else {}
+    if "task" in state:
+        task.load_state_dict(state["task"])
+        task.load_state_dict(None)
+
+
 def changed_settings(config: JobConfig) -> list[str]:
     """A line for each setting of the run that this job changes from its next step on."""
-    return [
+    found = [
         f"this resume changes {path} from {_show(old)} to {_show(new)}"
         for path, old, new in _changes(config)
         if not path.startswith(_PLACES)
     ]
+    saved, begins_with = find_start(config).saved, config.checkpoint.initial_load_path
+    if saved and begins_with:
+        found.append(f"[checkpoint] initial_load_path is not read again: the run goes on from its step {saved.step}")
+    return found
 
 
 def _changes(config: JobConfig) -> Iterator[tuple[str, Any, Any]]:

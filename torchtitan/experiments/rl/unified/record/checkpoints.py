@@ -12,14 +12,14 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.experiments.rl.unified.config.load import JobConfig
-from torchtitan.experiments.rl.unified.dcp import missing_data, read_metadata
+from torchtitan.experiments.rl.unified.dcp import load_alone, missing_data, read_metadata
 from torchtitan.experiments.rl.unified.errors import CheckpointError
 from torchtitan.experiments.rl.unified.record.replay import differences
 
@@ -197,6 +197,15 @@ def save_error(error: BaseException, step: int, folder: Path) -> CheckpointError
         f"the checkpoint of step {step} could not be saved in {path}: {what}. Those before it are untouched: the same "
         "command goes on from the last of them"
     )
+
+
+def saved_task(path: Path) -> dict[str, Any]:
+    """Where the task stood, of a whole checkpoint; {} for one that torchtitan itself has written."""
+    if "train_state.task" not in read_metadata(path).state_dict_metadata:
+        return {}
+    state = {"train_state": {"task": ""}}
+    load_alone(state, path)
+    return json.loads(state["train_state"]["task"])
 
 
 def _as_recorded(config: JobConfig, saved: Saved) -> Saved:

@@ -47,8 +47,7 @@ def write_provenance(config: JobConfig, path: Path, first_step: int, digests: di
         first_step: steps taken before this start.
         digests: `checkpoint_digests`.
     """
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    starts = [start for start in starts if start["first_step"] < first_step]
+    starts = [start for start in read_starts(path) if start["first_step"] < first_step]
     starts.append(
         {
             "first_step": first_step,
@@ -65,6 +64,20 @@ def write_provenance(config: JobConfig, path: Path, first_step: int, digests: di
         }
     )
     path.write_text(json.dumps({"checkpoint": digests, "starts": starts}, indent=1) + "\n")
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in a file of `write_provenance`; [] where there is none.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+        [start["first_step"] + 0 for start in starts]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of a run's starts ({error}): mend it or move it away") from None
+    return starts
 
 
 def versions() -> dict[str, str]:

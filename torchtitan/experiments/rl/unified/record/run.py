@@ -15,7 +15,7 @@ from typing import Any
 from torchtitan.components.metrics import LoggerContainer, TensorBoardLogger, WandBLogger
 from torchtitan.experiments.rl.unified.config.load import JobConfig, write_toml
 from torchtitan.experiments.rl.unified.record import jsonl
-from torchtitan.experiments.rl.unified.record.provenance import checkpoint_digests, write_provenance
+from torchtitan.experiments.rl.unified.record.provenance import checkpoint_digests, read_starts, write_provenance
 from torchtitan.experiments.rl.unified.record.replay import ReplayFolder
 from torchtitan.experiments.rl.unified.record.report import write_report
 from torchtitan.experiments.rl.unified.record.step import StepRecord
@@ -158,6 +158,7 @@ def goes_on(config: JobConfig) -> bool:
     for name in ("metrics.jsonl", "samples.jsonl"):
         for _ in jsonl.read(folder / name):
             pass
+    read_starts(folder / "provenance.json")
     return True
 
 

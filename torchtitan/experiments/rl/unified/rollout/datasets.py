@@ -116,7 +116,12 @@ class PromptDataset:
                 f"the longest is that of {longest.place} with {len(longest.prompt_ids)}."
             )
         self._seed = seed
-        self._data = _digest(self.prompts, seed)
+        # What a position is one in: each with its words for when it is not what it was.
+        self._data = {
+            "seed": str(seed),
+            "rows": _digest([(row.messages, row.answer) for row in rows]),
+            "prompts": _digest([(p.row, p.prompt_ids, p.answer) for p in self.prompts]),
+        }
         self._start_epoch(0)
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -131,7 +136,7 @@ class PromptDataset:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
-        return {"epoch": self._epoch, "position": self._position, "data": self._data}
+        return {"epoch": self._epoch, "position": self._position, **self._data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -139,11 +144,12 @@ class PromptDataset:
         Raises:
             ValueError: It was saved with other rows, prompts or another seed.
         """
-        if state_dict["data"] != self._data:
-            raise ValueError(
-                "This position was saved with other data: to resume, keep the rows of the data set, the tokenizer, its "
-                "chat template, [data] and the seed"
-            )
+        for name, cause in _CAUSES.items():
+            if state_dict.get(name) != self._data[name]:
+                raise ValueError(
+                    f"the position that was saved is one among other prompts: {cause}. Put that back, or begin another "
+                    "run ([job] dump_folder) with this one's weights: [checkpoint] initial_load_path"
+                )
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
 
@@ -167,9 +173,15 @@ def check_ids(prompts: Iterable[Prompt], vocab_size: int) -> None:
             )
 
 
-def _digest(prompts: list[Prompt], seed: int) -> str:
-    content = [(p.row, p.prompt_ids, p.answer) for p in prompts]
-    return hashlib.sha256(repr((content, seed)).encode()).hexdigest()[:16]
+_CAUSES = {
+    "rows": "the data set has other rows, or in another order",
+    "prompts": "the tokenizer, its chat template, [data] or the room for a prompt makes other ones of the same rows",
+    "seed": "[debug] seed orders them otherwise",
+}
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def load_prompts(config: JobConfig, held_out: bool = False) -> PromptDataset:

@@ -27,7 +27,9 @@ SEARCHED_CHARS = 1000
 
 _INTEGER = re.compile(r"-?(?:\d{1,3}(?:[, ]\d{3})+|\d+)")
 # Spaces count between digits alone.
-_DRESS = re.compile(r"(?<!\d)\s+|\s+(?!\d)|\\left(?![a-z])|\\right(?![a-z])|^\$+|\$+$|^\\\(|\\\)$|\*\*$|^\*\*|[.`]+$|^`+")
+_DRESS = re.compile(
+    r"(?<!\d)\s+|\s+(?!\d)|\\left(?![a-z])|\\right(?![a-z])|^\$+|\$+$|^\\\(|\\\)$|\*\*$|^\*\*|[.`]+$|^`+"
+)
 
 logger = logging.getLogger(__name__)
 
