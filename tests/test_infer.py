@@ -51,7 +51,12 @@ def test_one_rank_and_two_print_prompt_and_the_same_text(tmp_path):
         (["--model-ckpt-path", "/no/such"], "no checkpoint directory /no/such"),
         (["--tensor-parallel-size", "3"], "does not divide the model's 2 key/value heads"),
         (["--max-tokens", "100000"], "do not fit the model's context"),
-        (["--max-tokens", "0"], "do not fit the model's context"),
+        (["--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
+        (["--tensor-parallel-size", "-1"], "--tensor-parallel-size -1 must be at least 1"),
+        *((["--temperature", word], "--temperature") for word in ("3", "-1", "nan", "inf", "1e-9")),
+        *((["--seed", word], "--seed") for word in ("-1", str(2**70))),
+        (["--raw", "--prompt", ""], "the prompt is empty"),
+        (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
         (["--model-ckpt-path", "org/model"], "first: python scripts/download_hf_assets.py --repo_id org/model"),
     ],
 )

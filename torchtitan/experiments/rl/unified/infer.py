@@ -18,6 +18,7 @@ try:
     from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
     from torchtitan.experiments.rl.unified.config.checks import environment_problems
     from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
+    from torchtitan.experiments.rl.unified.config.ranges import COUNT, SEED, TEMPERATURE
     from torchtitan.experiments.rl.unified.devices import this_device
     from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
     from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
@@ -59,12 +60,13 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         ValueError: for a checkpoint that is not there, not whole or of no model that runs here, or a prompt that does
             not fit.
     """
+    _check_arguments(args)
     weights = resolve_path(args.model_ckpt_path)
     checkpoint = directory_of_model(weights)
     model = model_of_checkpoint(checkpoint)
     dtype = _dtype(args.dtype, model, check_weights(model, weights))
     context, kv_heads = model.args.max_seq_len, model.geometry.kv_heads
-    if args.tensor_parallel_size < 1 or kv_heads % args.tensor_parallel_size:
+    if kv_heads % args.tensor_parallel_size:
         raise ValueError(
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
@@ -82,13 +84,15 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
         except ValueError as error:
             raise ValueError(f"the chat template of {checkpoint} fails: {error}; --raw goes without it") from error
     prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
-    if max(prompt_ids, default=0) >= model.geometry.vocabulary:
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: there is nothing to go on from")
+    if max(prompt_ids) >= model.geometry.vocabulary:
         raise ValueError(
             f"the tokenizer in {checkpoint} gives token {max(prompt_ids)}, but the model's vocabulary has "
             f"{model.geometry.vocabulary}: it is another model's"
         )
     max_model_len = min(len(prompt_ids) + args.max_tokens, context)
-    if args.max_tokens < 1 or max_model_len < len(prompt_ids) + args.max_tokens:
+    if max_model_len < len(prompt_ids) + args.max_tokens:
         raise ValueError(
             f"a prompt of {len(prompt_ids)} tokens and --max-tokens {args.max_tokens} do not fit the model's context "
             f"of {context}"
@@ -114,6 +118,18 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     output = engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, use_tqdm=False)[0]
     return prompt, output.outputs[0].text
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number that the engine cannot take, or a prompt that is no text."""
+    limits = {"temperature": TEMPERATURE, "max_tokens": COUNT, "seed": SEED, "tensor_parallel_size": COUNT}
+    for name, limit in limits.items():
+        if (value := getattr(args, name)) not in limit:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {limit}")
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("--prompt is not UTF-8 text") from None
 
 
 def _dtype(wanted: str, model: PolicyModel, weights: CheckpointFiles) -> torch.dtype:
