@@ -59,8 +59,8 @@ def test_a_room_imports_from_those_below_it(path):
         assert imports(path) - {room(path)} <= set(BELOW[room(path)].split())
 
 
-# What commands take where nothing is named, and where torchtitan keeps its DDP and its activation checkpointing.
-NAMED = {"tests/assets/qwen3_tiny", "qwen3_0.6b_unified.toml", "torchtitan.models.llama3.infra.parallelize"}
+# Where torchtitan keeps its DDP and its activation checkpointing.
+NAMED = {"torchtitan.models.llama3.infra.parallelize"}
 
 
 def test_whether_there_is_a_gpu_is_asked_in_one_room_and_models_are_named_in_files_of_their_own():

@@ -12,12 +12,14 @@ sampling. Without arguments it answers one of the tiny checkpoint's word problem
 import argparse
 import functools
 import sys
+import tomllib
 
 try:
     import torch
     from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
     from torchtitan.experiments.rl.unified.config.checks import environment_problems
     from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
+    from torchtitan.experiments.rl.unified.config.load import TRAIN_CONFIGS
     from torchtitan.experiments.rl.unified.config.ranges import COUNT, SEED, TEMPERATURE
     from torchtitan.experiments.rl.unified.devices import this_device
     from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
@@ -30,12 +32,17 @@ except ImportError as error:  # As of an environment that is not what set-up mad
     sys.exit(f"error: {error}; set-up is bash scripts/setup_env.sh")
 
 
+def _default_checkpoint() -> str:
+    """The tiny one of the default job."""
+    return tomllib.loads((TRAIN_CONFIGS / "debug_cpu.toml").read_text(encoding="utf-8"))["model"]["hf_assets_path"]
+
+
 def parse_args(args: list[str]) -> argparse.Namespace:
     """The command line; every flag has a default that works offline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model-ckpt-path",
-        default="tests/assets/qwen3_tiny",
+        default=_default_checkpoint(),
         help="checkpoint directory, or a job's checkpoint/step-N",
     )
     parser.add_argument(

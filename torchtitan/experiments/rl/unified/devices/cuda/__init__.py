@@ -18,7 +18,7 @@ class Cuda(Device):
 
     name = "cuda"
     in_host_memory = False
-    default_config = "qwen3_0.6b_unified.toml"
+    default_config = "debug_gpu.toml"
     logits_at_once = 1 << 24  # Enough rows for all multiprocessors.
     tensor_parallel_vllm_compat = False
 
