@@ -21,6 +21,7 @@ from torchtitan.experiments.rl.unified.messages import (
     TokenStats,
     Trajectory,
 )
+from torchtitan.experiments.rl.unified.record import run
 from torchtitan.experiments.rl.unified.record.run import check_aside, RunRecord, set_aside
 from torchtitan.experiments.rl.unified.record.step import notable
 from torchtitan.experiments.rl.unified.record.timing import timed
@@ -184,3 +185,14 @@ def test_a_folder_that_cannot_be_moved_aside_is_one_error(tmp_path, monkeypatch,
         monkeypatch.setattr(Path, "is_mount", lambda path: path == folder)
     with pytest.raises(ValueError, match=f"holds an earlier run, which would be moved aside, and is {why}"):
         check_aside(config)
+
+
+def test_without_a_terminal_the_progress_is_plain_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SECONDS_A_LINE", 0.0)
+    with RunRecord(config_of(tmp_path)) as record:
+        for step in range(1, 4):
+            take(record, step)
+    lines = capsys.readouterr().err.split("\n")
+    assert not any("\r" in line for line in lines)
+    assert [line.partition("[")[0] for line in lines if "reward" in line][-1].split() == ["unified:", "75%", "3/4"]
+    assert len([line for line in lines if "reward" in line]) == 4  # The last one again, at the end.

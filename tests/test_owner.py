@@ -25,8 +25,8 @@ with owned(Path(sys.argv[1])):
 DEAF = """
 import signal, time
 from torchtitan.experiments.rl.unified.controller.signals import ends_in_order
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 with ends_in_order(0.5):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("here", flush=True)
     time.sleep(600)
 """
@@ -48,14 +48,18 @@ def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_ctrl_c(number):
-    before = signal.signal(number, signal.SIG_DFL)  # Under nohup SIGHUP is ignored.
+@pytest.mark.parametrize("interrupted", [signal.default_int_handler, signal.SIG_IGN])
+def test_signals_are_ctrl_c(number, interrupted):
+    # Under nohup SIGHUP is ignored, in the background of a script SIGINT.
+    before = signal.signal(number, signal.SIG_DFL), signal.signal(signal.SIGINT, interrupted)
     try:
         with pytest.raises(KeyboardInterrupt), ends_in_order(60) as received:
             signal.raise_signal(number)
         assert received == [number] and signal.getsignal(number) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == interrupted
     finally:
-        signal.signal(number, before)
+        signal.signal(number, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def test_a_signal_that_is_ignored_stays_so():

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 def ends_in_order(grace_seconds: float) -> Iterator[list[int]]:
     """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does; yields the signals that came.
 
-    A signal that is ignored (nohup) stays so. As process 1 of a container the job would ignore SIGTERM without this.
+    A signal that is ignored (nohup) stays so, but for SIGINT, which scripts have their background jobs ignore: nothing
+    could end those in order then. As process 1 of a container the job would ignore SIGTERM without this.
 
     Args:
         grace_seconds: after so long the process ends at once, and those of the job with it.
@@ -38,10 +39,12 @@ def ends_in_order(grace_seconds: float) -> Iterator[list[int]]:
         # Whoever waits for Ctrl-C, asyncio here, does what is to be done.
         signal.raise_signal(signal.SIGINT)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if before[number] is not signal.SIG_IGN:
             signal.signal(number, interrupt)
+    if before[signal.SIGINT] is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield received
     finally:

@@ -7,8 +7,9 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import closing, ExitStack
+from contextlib import closing, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torchtitan.experiments.rl.unified.record.step import StepRecord
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+# Where the progress is not on a terminal.
+SECONDS_A_LINE = 5.0
 
 
 class RunRecord:
@@ -49,9 +52,7 @@ class RunRecord:
         steps = self.config.training.steps
         with ExitStack() as stack:
             self._loggers = stack.enter_context(closing(self._build_loggers()))
-            self._bar = stack.enter_context(
-                tqdm(total=steps, unit="step", dynamic_ncols=True, desc=self.config.rl.mode)
-            )
+            self._bar = stack.enter_context(_bar(steps, self.config.rl.mode))
             self._files = stack.enter_context(ExitStack())
             self.rewind(self.first_step)
             self._stack = stack.pop_all()
@@ -100,7 +101,8 @@ class RunRecord:
             f"reward {metrics['reward_mean']:.3f}, loss {metrics['loss']:+.4f}, "
             f"{metrics['tokens_per_second']:.0f} tok/s, "
             f"parity {metrics['mismatched_tokens']} differ, compared {metrics['tokens_compared']} of "
-            f"{metrics['tokens_sampled']}"
+            f"{metrics['tokens_sampled']}",
+            refresh=False,
         )
         self._bar.update()
         return StepRecord(self.config)
@@ -144,6 +146,24 @@ class RunRecord:
         if self.config.metrics.enable_wandb:
             loggers.add_logger(WandBLogger(folder, self.config))
         return loggers
+
+
+class _Lines:
+    """Standard error for a bar that no terminal shows: each of its states on a line, and nothing where nobody reads."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            with suppress(BrokenPipeError):
+                print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def _bar(steps: int, name: str) -> tqdm:
+    if sys.stderr.isatty():
+        return tqdm(total=steps, unit="step", dynamic_ncols=True, desc=name)
+    return tqdm(total=steps, unit="step", ncols=0, desc=name, mininterval=SECONDS_A_LINE, file=_Lines())
 
 
 def goes_on(config: JobConfig) -> bool:
