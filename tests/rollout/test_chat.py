@@ -141,7 +141,7 @@ def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
     monkeypatch.setattr(door, "RENDER_SECONDS", 0.5)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = PLAIN + "{% if 'two' in messages[-1].content %}" + loop + "{% endif %}"
-    with pytest.raises(ValueError, match="template fails on rows.jsonl, line 2: it takes more than"):
+    with pytest.raises(ValueError, match="template fails on rows.jsonl, line 2: it computes for more than"):
         ChatTemplate(tokenizer, {}).encode([row("one", 1), row("two", 2), row("three", 3)])
     assert len(ChatTemplate(tokenizer, {}).encode([row("one", 1), row("three", 3)])) == 2
 
