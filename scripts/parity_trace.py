@@ -64,7 +64,8 @@ class Recorder(TorchDispatchMode):
         out = out[0] if isinstance(out, (tuple, list)) and out else out
         if not isinstance(out, torch.Tensor) or not out.is_floating_point() or not self.rows:
             return
-        while out.ndim > 2 and out.shape[0] == 1:
+        # A dimension of the batch; a single token's own stays, whose heads come next.
+        while out.ndim > 2 and out.shape[0] == 1 < len(self.rows):
             out = out[0]
         if out.ndim < 2 or out.shape[0] < len(self.rows):
             return
@@ -121,6 +122,9 @@ def first_difference(trainer: Trace, generator: Trace, counterpart: Callable[[st
 
     Args:
         counterpart: the generator's name of a module of the trainer's.
+
+    Raises:
+        ValueError: no output is in both.
     """
     before, compared = "the tokens", 0
     for (module, what), rows in trainer.outputs.items():
@@ -138,4 +142,6 @@ def first_difference(trainer: Trace, generator: Trace, counterpart: Callable[[st
             name += inside if what == "output" else ""
             return f"{name}, {len(differ)} of {len(common)} tokens; the last equal one before it: {before}", differ[0]
         before = name if common else before
+    if not compared:
+        raise ValueError("no output of the trainer's has a counterpart in the generator: nothing was compared")
     return f"none of {compared} outputs differs", None

@@ -27,7 +27,7 @@ from torchtitan.experiments.rl.unified.errors import ParityError
 from torchtitan.experiments.rl.unified.messages import ParityReport
 from torchtitan.experiments.rl.unified.trainer.parity import stop_at_mismatch
 
-folder, *broken = sys.argv[1:]
+folder, broken = sys.argv[1:]
 store = torch.distributed.HashStore()
 torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
 step = replay.ReplayFolder(replay.config_of(replay.Path(folder))).trajectories(3)
@@ -39,23 +39,32 @@ except ParityError as error:
     print(error)
 torch.distributed.destroy_process_group()
 if broken:
-    import one_op_less
-    parity_pair.EngineProcess.prepare = one_op_less.in_this_process
+    import edits
+    parity_pair.EngineProcess.prepare = getattr(edits, broken)
 sys.argv = ["replay.py", "--parity", folder + "/parity_step_3.pt"]
 sys.exit(replay.main())
 """
-ONE_OP_LESS = """
+# Edits of the generator's process alone.
+EDITS = """
+import parity_trace
 import torch
 from torchtitan.experiments.rl.unified.devices.cpu import ops
 
-library, install = torch.library.Library("aten", "IMPL"), ops.install
+library, install, init = torch.library.Library("aten", "IMPL"), ops.install, parity_trace.Recorder.__init__
 
 def install_all_but_one():
     install()
     library.impl("silu", lambda x: x * torch.sigmoid(x), "CPU", allow_override=True)
 
-def in_this_process():
+def init_of_another_model(recorder, model):
+    model.get_submodule("model.layers.1.attention.k_norm").register_forward_hook(lambda *call: call[-1] * 1.001)
+    init(recorder, model)
+
+def one_op_less():
     ops.install = install_all_but_one
+
+def one_norm_scaled():
+    parity_trace.Recorder.__init__ = init_of_another_model
 """
 
 
@@ -135,16 +144,21 @@ def test_a_mismatch_is_traced_to_the_operation_that_one_process_computes_otherwi
     """Proves that the trace finds nothing where nothing differs, and names an operation by itself where one does."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (tmp_path / "one_op_less.py").write_text(ONE_OP_LESS)
+    (tmp_path / "edits.py").write_text(EDITS)
     path = f"{REPOSITORY / 'scripts'}:{tmp_path}"
-    done = run("-c", EXPLAIN, folder, cwd=tmp_path, path=path)
+    done = run("-c", EXPLAIN, folder, "", cwd=tmp_path, path=path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = f"python scripts/replay.py --parity {folder / 'parity_step_3.pt'} names the operation"
     assert said in done.stdout and f"weights: {folder}/checkpoint/step-2, those that sampled the tokens" in done.stdout
     assert "16 of 16 completions have the recorded tokens" in done.stdout
     assert int(done.stdout.split("none of ")[1].split(" outputs differ")[0]) > 50
 
-    done = run("-c", EXPLAIN, folder, "broken", cwd=tmp_path, path=path)
+    done = run("-c", EXPLAIN, folder, "one_op_less", cwd=tmp_path, path=path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "first that differs: aten.silu.default #1 in layers.0.feed_forward, " in done.stdout
     assert "the last equal one before it: output of layers.0.feed_forward.w1; first at prompt" in done.stdout
+
+    done = run("-c", EXPLAIN, folder, "one_norm_scaled", cwd=tmp_path, path=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "first that differs: output of layers.1.attention.k_norm (trainer: " in done.stdout
+    assert "the last equal one before it: output of layers.1.attention.q_norm; first at prompt" in done.stdout
