@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchtitan.experiments.rl.unified.devices.mode import batch_invariant_mode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import parity_trace  # noqa: E402
@@ -34,7 +35,7 @@ def test_a_token_alone_is_recorded_as_among_others(batch):
     for rows in ([0, 1, 2, 3, 4], [0, 1, 2], [3, 4], [0], [1], [2], [3], [4]):
         recorder = parity_trace.Recorder(model)
         recorder.rows = [(0, row) for row in rows]
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), batch_invariant_mode(), recorder:
             model(tokens[rows].reshape(*batch, len(rows), 12))
         recorded.append(recorder.trace.outputs)
     everything, *parts = recorded
