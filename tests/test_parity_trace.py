@@ -30,9 +30,10 @@ class Heads(torch.nn.Module):
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_a_token_alone_is_recorded_as_among_others(batch):
     """Proves that what is recorded of a token does not depend on how many are computed with it."""
-    model, tokens = Heads(), torch.randn(5, 12)
+    tokens = torch.randn(5, 12)
     recorded = []
     for rows in ([0, 1, 2, 3, 4], [0, 1, 2], [3, 4], [0], [1], [2], [3], [4]):
+        model = Heads()
         recorder = parity_trace.Recorder(model)
         recorder.rows = [(0, row) for row in rows]
         with torch.no_grad(), batch_invariant_mode(), recorder:
