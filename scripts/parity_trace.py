@@ -17,16 +17,25 @@ from torchtitan.experiments.rl.unified.devices.checks import MOVES
 
 # A token: (number of its sequence, position in it).
 Row = tuple[int, int]
-# An output: (module, what in it), "output" for the module's own.
+# An output: (module, what of it), which is its "input", its "output" or an operation in it.
 Name = tuple[str, str]
 
 
 @dataclass
 class Trace:
-    """Checksums of outputs, by name in the order of computation, then by token; the operations inside each module."""
+    """Checksums of outputs, by name in the order of computation, then by token.
+
+    `operations` are those of all forward passes in order; `places[name]` of them came before an output's first time.
+    """
 
     outputs: dict[Name, dict[Row, int]] = field(default_factory=dict)
-    operations: dict[str, list[str]] = field(default_factory=dict)
+    operations: list[str] = field(default_factory=list)
+    places: dict[Name, int] = field(default_factory=dict)
+
+    def between(self, first: Name | None, last: Name) -> str:
+        """The operations between two outputs."""
+        start = self.places.get(first, 0) if first else 0
+        return ", ".join(self.operations[start : self.places[last]]) or "nothing"
 
 
 class Recorder(TorchDispatchMode):
@@ -41,7 +50,7 @@ class Recorder(TorchDispatchMode):
         self.trace, self.rows, self._own = Trace(), [], False
         self._stack: list[tuple[str, dict[str, int]]] = [("", {})]
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda _module, _args, name=name: self._stack.append((name, {})))
+            module.register_forward_pre_hook(lambda _module, args, name=name: self._enter(name, args))
             module.register_forward_hook(self._leave, always_call=True)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -50,10 +59,13 @@ class Recorder(TorchDispatchMode):
             module, counts = self._stack[-1]
             name = str(func)
             counts[name] = counts.get(name, 0) + 1
+            self.trace.operations.append(name)
             self._note((module, f"{name} #{counts[name]}"), out)
-            operations = self.trace.operations.setdefault(module, [])
-            operations.append(name) if name not in operations else None
         return out
+
+    def _enter(self, name: str, args: tuple) -> None:
+        self._stack.append((name, {}))
+        self._note((name, "input"), args)
 
     def _leave(self, _module: nn.Module, _args: Any, out: Any) -> None:
         module, _ = self._stack.pop()
@@ -74,6 +86,7 @@ class Recorder(TorchDispatchMode):
             sums = checksums(out[: len(self.rows)])
         finally:
             self._own = False
+        self.trace.places.setdefault(name, len(self.trace.operations))
         self.trace.outputs.setdefault(name, {}).update(zip(self.rows, sums, strict=True))
 
 
@@ -117,8 +130,13 @@ def recorded_engine(model_runner) -> Iterator[Callable[[], Trace]]:
         model.forward = original
 
 
+def told(name: Name) -> str:
+    module, what = name
+    return f"{what} {'of' if what in ('input', 'output') else 'in'} {module}"
+
+
 def first_difference(trainer: Trace, generator: Trace, counterpart: Callable[[str], str]) -> tuple[str, Row | None]:
-    """Names the first output that differs, with the last equal one before it, and the first token where it does.
+    """Names the first output that differs, the last equal one before it, what is computed between, and the first token.
 
     Args:
         counterpart: the generator's name of a module of the trainer's.
@@ -126,22 +144,21 @@ def first_difference(trainer: Trace, generator: Trace, counterpart: Callable[[st
     Raises:
         ValueError: no output is in both.
     """
-    before, compared = "the tokens", 0
+    before, compared = None, 0
     for (module, what), rows in trainer.outputs.items():
         if not module:
             continue  # Logits here; the engine asks for those of some tokens later.
-        other = generator.outputs.get((counterpart(module), what), {})
+        ours, theirs = (module, what), (counterpart(module), what)
+        other = generator.outputs.get(theirs, {})
         common = sorted(rows.keys() & other.keys())
         compared += bool(common)
-        name = f"{what} of {module}" if what == "output" else f"{what} in {module}"
         differ = [row for row in common if rows[row] != other[row]]
         if differ:
-            sides = (trainer, module), (generator, counterpart(module))
-            ours, theirs = (", ".join(trace.operations.get(where, [])) for trace, where in sides)
-            inside = f" (trainer: {ours or 'other modules'}; generator: {theirs or 'other modules'})"
-            name += inside if what == "output" else ""
-            return f"{name}, {len(differ)} of {len(common)} tokens; the last equal one before it: {before}", differ[0]
-        before = name if common else before
+            equal = told(before[0]) if before else "the tokens"
+            here = trainer.between(before and before[0], ours), generator.between(before and before[1], theirs)
+            text = f"{told(ours)}, {len(differ)} of {len(common)} tokens; the last equal one before it: {equal}"
+            return f"{text}; from there to here the trainer computes {here[0]}; the generator {here[1]}", differ[0]
+        before = (ours, theirs) if common else before
     if not compared:
         raise ValueError("no output of the trainer's has a counterpart in the generator: nothing was compared")
     return f"none of {compared} outputs differs", None

@@ -156,9 +156,10 @@ def test_a_mismatch_is_traced_to_the_operation_that_one_process_computes_otherwi
     done = run("-c", EXPLAIN, folder, "one_op_less", cwd=tmp_path, path=path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "first that differs: aten.silu.default #1 in layers.0.feed_forward, " in done.stdout
-    assert "the last equal one before it: output of layers.0.feed_forward.w1; first at prompt" in done.stdout
+    assert "the last equal one before it: output of layers.0.feed_forward.w1; from there to here the " in done.stdout
 
     done = run("-c", EXPLAIN, folder, "one_norm_scaled", cwd=tmp_path, path=path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "first that differs: output of layers.1.attention.k_norm (trainer: " in done.stdout
-    assert "the last equal one before it: output of layers.1.attention.q_norm; first at prompt" in done.stdout
+    assert "first that differs: output of layers.1.attention.k_norm, " in done.stdout
+    assert "the last equal one before it: input of layers.1.attention.k_norm; from there to here the " in done.stdout
+    assert "the generator aten.rms_norm.default, aten.mul.Tensor; first at prompt" in done.stdout
