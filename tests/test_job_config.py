@@ -169,6 +169,14 @@ def test_words_on_the_command_line_are_read_as_the_keys_type(words, path, value)
             ["--job.config_file", "a.toml", "--job.config_file", "a.toml"],
             "--job.config_file is given 2 times: a job has one",
         ),
+        (
+            ["--evaluation.k", "1", "--evaluation.k", "2"],
+            "--evaluation.k is given twice: write all of its values after one",
+        ),
+        (
+            ["--model.hf_assets_path="],
+            "--model.hf_assets_path is not set, and has no default that would be right",
+        ),
         (["4"], "unexpected word '4': settings are --section.key value"),
     ],
 )

@@ -113,6 +113,7 @@ def test_blocks_that_the_kernel_has_not_are_refused():
 def test_settings_beyond_the_model_are_refused():
     for flags, look, complaint in (
         (["--sampling.top_k=513"], check_vocabulary, "top_k = 513 is above the vocabulary's 512 tokens"),
+        (["--sampling.top_p=0.001"], check_vocabulary, "top_p = 0.001 leaves the likeliest of 512 tokens alone"),
         (["--generator.kv_cache_gib=1e-6"], check_vocabulary, "kv_cache_gib = 1e-06 does not hold one sequence"),
         (["--training.seq_len=2048"], check_checkpoint, "seq_len 2048 is beyond the context of the model .* = 1024"),
     ):

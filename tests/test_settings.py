@@ -17,13 +17,14 @@ from pathlib import Path
 from types import UnionType
 
 import pytest
+import tomli_w
 import torch.distributed.checkpoint as dcp
 from torchtitan.experiments.rl.unified import config as config_room
-from torchtitan.experiments.rl.unified.config.checks import CHECKS, contradictions
+from torchtitan.experiments.rl.unified.config.checks import CHECKS, warnings
 from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
-from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, write_toml
+from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS, write_toml
 from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
-from torchtitan.experiments.rl.unified.config.schema import keys_of, numbers
+from torchtitan.experiments.rl.unified.config.schema import fits, keys_of, numbers
 from torchtitan.experiments.rl.unified.config.sections import Sections
 from torchtitan.experiments.rl.unified.preflight import check
 from torchtitan.experiments.rl.unified.preflight.model import model_of_job
@@ -267,7 +268,9 @@ def test_the_record_of_a_run_that_is_gone_on_with_is_read_by_preflight_too(run_b
 def test_places_dates_and_settings_that_teach_nothing_are_refused(flags, complaint, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    [problem] = contradictions(load_job_config([flag.format(file=file) for flag in flags]))
+    with pytest.raises(ValueError) as error:
+        check(load_job_config([flag.format(file=file) for flag in flags]))
+    [problem] = str(error.value).splitlines()
     assert problem.startswith(complaint.format(file=file))
     assert list(tmp_path.iterdir()) == [file]
 
@@ -289,3 +292,38 @@ def test_the_config_of_each_start_is_kept(tmp_path):
         for file in (tmp_path / "run").glob("*.toml")
     }
     assert rates == {"config.1.toml": 1e-4, "config.2.toml": 1e-5, "config.toml": 1e-6}
+
+
+def test_no_text_of_a_file_that_is_not_this_repositorys_becomes_code(tmp_path, monkeypatch):
+    """Proves for each key that holds text that naming a module there does not import it, in preflight either."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef f(sample): return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = tomllib.loads((TRAIN_CONFIGS / "debug_cpu.toml").read_text(encoding="utf-8"))
+    file, tried = tmp_path / "job.toml", 0
+    for path, key in KEYS.items():
+        text = next((t for t in ("planted:f", ["planted:f"], {"planted:f": 1.0}) if fits(t, key.hint)), None)
+        if text is None or key.refused or path == "job.config_file":
+            continue
+        section, _, name = path.rpartition(".")
+        config = {**values, section: {**values.get(section, {}), name: text}}
+        file.write_text(tomli_w.dumps(config), encoding="utf-8")
+        try:
+            check(
+                load_job_config(["--job.config_file", str(file), "--evaluation.interval", "1", "--parity.check=off"])
+            ).close()
+        except ValueError:
+            pass
+        assert not (tmp_path / "ran").exists(), path
+        tried += 1
+    assert tried > 30
+    check(
+        load_job_config(["--evaluation.reward", "planted:f", "--evaluation.interval", "1", "--parity.check=off"])
+    ).close()
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_decay_that_the_warm_up_shortens_is_remarked():
+    flags = ["--training.steps=6", "--lr_scheduler.warmup_steps=4", "--lr_scheduler.decay_ratio"]
+    assert "warmup_steps leaves 2: the learning" in warnings(load_job_config([*flags, "0.9"]))[0]
+    assert warnings(load_job_config([*flags, "0.3"])) == []

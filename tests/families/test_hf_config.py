@@ -214,6 +214,7 @@ def test_transformers_takes_the_inner_theta(tmp_path):
         (b"[1]", "is no JSON object"),
         (b"[" * 100000, "is not JSON"),
         (b"\xff\xfe{", "is not JSON"),
+        (b'{"rms_norm_eps": 1e-6, "vocab_size": 8, "rms_norm_eps": 0.5}', "not JSON: it names 'rms_norm_eps' twice"),
         (b"{}", "is of model_type None"),
         (b'{"model_type": ["qwen3"]}', "is of model_type ['qwen3']"),
         (b'{"model_type": "qwen3"}', "it lacks vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_att"),

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 from torchtitan.experiments.rl.unified import tokenizer as door
+from torchtitan.experiments.rl.unified.config.load import load_job_config
+from torchtitan.experiments.rl.unified.preflight import check
 from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate, check_stop, check_turn_end
 from torchtitan.experiments.rl.unified.rollout.datasets import QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.rows import read_rows, Row
@@ -209,7 +211,7 @@ def test_what_ends_a_completion_is_the_tokenizers_eos_and_the_checkpoints(tokeni
     assert end_ids(tokenizer, tmp_path, 512) == [2, 7]
     for content in (b"", b"{", b"[]", b'{"a": "\xff"}', b"[" * 100000):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="^transformers does not read .*generation_config.json: "):
+        with pytest.raises(ValueError, match="^/.*generation_config.json is no(t|) JSON"):
             end_ids(tokenizer, tmp_path, 512)
     for value in ('"2"', "[2, -1]", "512", "2.0", "[true]", '{"a": 2}'):
         file.write_text(f'{{"eos_token_id": {value}}}', encoding="utf-8")
@@ -243,6 +245,40 @@ def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
         check_tokenizer(changed, tmp_path / "llama", texts)
 
 
+def test_every_prompt_is_read_as_tokenizer_json_says(tmp_path):
+    """Proves that a single row is enough, of those held out too: transformers normalises to NFC for this class."""
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "Qwen2Tokenizer"}), "utf-8")
+    plain = [{"question": f"What is {i} and 345?", "answer": f"#### {i + 345}"} for i in range(50)]
+    odd = {"question": "A cafe\u0301 sells 12 cups and 3 more. How many?", "answer": "#### 15"}
+    files = {"plain": plain, "odd": [*plain, odd], "held": [odd | {"answer": "#### 16"}]}
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    flags = [f"--model.hf_assets_path={folder}", "--training.dataset=local", "--parity.check=off"]
+    for train, held in (("odd", ""), ("plain", "held")):
+        data = [f"--training.dataset_path={tmp_path / train}.jsonl", f"--evaluation.interval={len(held)}"]
+        data += [f"--evaluation.dataset_path={tmp_path / held}.jsonl"] if held else []
+        with pytest.raises(ValueError, match="^transformers makes a .* gives .* and should give [^\n]*$"):
+            check(load_job_config([*flags, *data]))
+    data[1] = "--evaluation.interval=0"
+    check(load_job_config([*flags, *data])).close()
+
+
+def test_what_would_make_other_prompts_at_each_start_is_refused(tokenizer, tmp_path):
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["dropout"] = 0.25
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer.json has a dropout of 0.25, which cuts a text otherwise"):
+        load_tokenizer(folder)
+    for drawn, name in (("{{ range(100) | random }}", "random"), ("{{ lipsum(1) }}", "lipsum")):
+        tokenizer.chat_template = drawn + PLAIN
+        with pytest.raises(ValueError, match=rf"draws by lot \({name}\)"):
+            ChatTemplate(tokenizer, {})
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
@@ -262,7 +298,9 @@ def test_a_tokenizer_that_transformers_changes_is_refused(tokenizer, tmp_path):
 def test_a_damaged_tokenizer_is_one_error(tmp_path, name, content):
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match="^transformers loads no tokenizer from .*/model: ") as raised:
+    with pytest.raises(
+        ValueError, match="^transformers loads no tokenizer from .*/model: |^/.*json is no(t|) JSON"
+    ) as raised:
         load_tokenizer(folder)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
 

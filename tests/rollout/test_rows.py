@@ -8,6 +8,7 @@
 import csv
 import gzip
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 
@@ -83,6 +84,30 @@ def test_what_datasets_saved_to_disk(tmp_path):
     assert read(tmp_path / "one") == read(tmp_path / "splits", "test") == EXPECTED
     with pytest.raises(ValueError, match="splits has no split 'train', but test"):
         read(tmp_path / "splits")
+    for name, end in (
+        ("state.json", "is no whole data set that was saved"),
+        ("*.arrow", "whole data set|row 1 cannot"),
+    ):
+        shutil.copytree(tmp_path / "one", tmp_path / "cut")
+        (file,) = (tmp_path / "cut").glob(name)
+        file.write_bytes(file.read_bytes()[:150])
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/cut.*({end})"):
+            read(tmp_path / "cut")
+        shutil.rmtree(tmp_path / "cut")
+
+
+def test_a_column_that_a_parquet_file_has_twice(tmp_path):
+    table = pyarrow.Table.from_arrays([["a"], ["1"], ["2"]], names=["question", "answer", "answer"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="rows.parquet names the column 'answer' twice"):
+        read(tmp_path / "rows.parquet")
+
+
+def test_what_a_template_is_not_given_is_named(tmp_path):
+    message = {"role": "user", "content": "a", "name": None, "tool_calls": [1]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": [message], "answer": "1"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 has a message with 'tool_calls' in 'question': templates here get"):
+        read(tmp_path / "rows.jsonl")
 
 
 def test_a_tilde_in_the_job_config(tmp_path, monkeypatch):
@@ -123,6 +148,7 @@ def test_messages_and_nested_fields(tmp_path, ending):
         path.write_text(json.dumps(row), encoding="utf-8")
     (found,) = read_rows(str(path), "train", "prompt", "reward_model.ground_truth")
     assert found.messages == tuple(messages) and found.answer == "1"
+    assert read_rows(str(path), "train", "prompt", "a.b")[0].answer == "2"
     if ending == "jsonl":
         (found,) = read_rows(str(path), "train", "prompt", "a.b")
         assert found.answer == "2"

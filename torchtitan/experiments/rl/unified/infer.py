@@ -10,10 +10,14 @@ sampling. Without arguments it answers one of the tiny checkpoint's word problem
 """
 
 import argparse
+import datetime
 import functools
+import os
 import sys
 import tomllib
 
+if os.environ.get("RL_VERBOSE") != "1":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # As prepare_environment; torch reads it when it is loaded.
 try:
     import torch
     from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
@@ -26,6 +30,7 @@ try:
     from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
     from torchtitan.experiments.rl.unified.families.tensors import check_weights
     from torchtitan.experiments.rl.unified.isolation import own_temporary_folder, stay_on_loopback
+    from transformers import PreTrainedTokenizerBase
 except ImportError as error:  # As of an environment that is not what set-up made.
     if __name__ != "__main__":
         raise
@@ -78,19 +83,12 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
             f"--tensor-parallel-size {args.tensor_parallel_size} does not divide the model's {kv_heads} "
             "key/value heads"
         )
-    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer, render
+    from torchtitan.experiments.rl.unified.tokenizer import check_tokenizer, end_ids, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
-    check_tokenizer(tokenizer, checkpoint, [args.prompt])
     end_ids(tokenizer, checkpoint, model.geometry.vocabulary)
-    prompt = args.prompt
-    if tokenizer.chat_template and not args.raw:
-        message = [{"role": "user", "content": prompt}]
-        try:
-            prompt = render(tokenizer, message, add_generation_prompt=True)
-        except ValueError as error:
-            raise ValueError(f"the chat template of {checkpoint} fails: {error}; --raw goes without it") from error
-    prompt_ids = tokenizer(prompt, add_special_tokens=args.raw)["input_ids"]
+    prompt, prompt_ids = encode(tokenizer, args.prompt, args.raw)
+    check_tokenizer(tokenizer, checkpoint, [prompt])
     if not prompt_ids:
         raise ValueError("the prompt is empty: there is nothing to go on from")
     if max(prompt_ids) >= model.geometry.vocabulary:
@@ -125,6 +123,20 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     output = engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), sampling, use_tqdm=False)[0]
     return prompt, output.outputs[0].text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> tuple[str, list[int]]:
+    """What the model reads, text and tokens: `prompt` in the chat template, as a job's rows are; as it is if `raw`."""
+    from torchtitan.experiments.rl.unified.rollout.chat import ChatTemplate
+    from torchtitan.experiments.rl.unified.rollout.rows import Row
+
+    if raw or not tokenizer.chat_template:
+        return prompt, tokenizer(prompt, add_special_tokens=raw)["input_ids"]
+    row = Row("--prompt", ({"role": "user", "content": prompt},), answer="")
+    try:
+        return ChatTemplate(tokenizer, {}, date=str(datetime.date.today())).encode([row])[0]
+    except ValueError as error:
+        raise ValueError(f"{error}; --raw goes without it") from error
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -8,11 +8,12 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
+from torchtitan.experiments.rl.unified.config.checkpoint_path import read_json
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 # Longest time for one prompt; a template is a program, and may not end.
@@ -20,13 +21,26 @@ RENDER_SECONDS = 5.0
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the checkpoint directory `path`; raises ValueError, in one line, if transformers loads none."""
+    """The tokenizer in the checkpoint directory `path`.
+
+    Raises:
+        ValueError: in one line: transformers loads none, or it would cut words otherwise each time.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := Path(path) / name).is_file():
+            read_json(file)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Damaged files end in errors of many classes, plain Exception among them.
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"transformers loads no tokenizer from {path}: {said[:400]}") from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if dropout := getattr(backend and backend.model, "dropout", None):
+        raise ValueError(
+            f"{path}/tokenizer.json has a dropout of {dropout:g}, which cuts a text otherwise each time: set it to null"
+        )
+    return tokenizer
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **arguments: Any) -> str:
@@ -87,6 +101,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocabulary: in
             f"has {vocabulary}: correct it in tokenizer_config.json (or special_tokens_map.json)"
         )
     file = Path(path) / "generation_config.json"
+    if file.is_file():
+        read_json(file)
     try:
         if file.is_file():
             ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
@@ -102,7 +118,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path, vocabulary: in
     return list(dict.fromkeys([*own, *ids]))
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Iterable[str]) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts: Sequence[str]) -> None:
     """`tokenizer`, as transformers loads it, gives the tokens that the checkpoint's own tokenizer.json gives.
 
     Args:
@@ -120,10 +136,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, texts:
     # transformers applies neither unless it is asked to.
     own.no_truncation()
     own.no_padding()
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        expected = own.encode(text, add_special_tokens=False).ids
-        if ids != expected:
+    if not texts:
+        return
+    found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    for text, ids, right in zip(texts, found, own.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        if ids != (expected := right.ids):
             raise ValueError(
                 f"transformers makes a {type(tokenizer).__name__} of {path}, which does not encode as its "
                 f"tokenizer.json does: {ascii(text[:60])} gives {ids[:8]} and should give {expected[:8]}. Look at "

@@ -3,11 +3,16 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Where the parts of a checkpoint lie, when a job has written its weights alone. Needs the standard library alone."""
+"""A checkpoint's parts: where they lie, when a job has written its weights alone, and the JSON among them.
 
+Needs the standard library alone.
+"""
+
+import json
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[5]
 # From a folder of checkpoints, and from a run's.
@@ -66,3 +71,28 @@ def _setting(run: Path, section: str, key: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, str) else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: there is none, or it names a field twice, of which readers take one or the other.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found

@@ -40,6 +40,12 @@ def warnings(config: Any) -> list[str]:
         )
     if (total := scheduler.total_steps or steps) < scheduler.warmup_steps:
         found.append(f"[lr_scheduler] warmup_steps {scheduler.warmup_steps} is cut to the schedule's {total} steps")
+    cut = min(scheduler.warmup_steps, total)
+    if scheduler.decay_ratio is not None and (decay := round(total * scheduler.decay_ratio)) > total - cut:
+        found.append(
+            f"[lr_scheduler] decay_ratio {scheduler.decay_ratio:g} is {decay} of {total} steps, of which warmup_steps "
+            f"leaves {total - cut}: the learning rate falls in those"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from .schema import describe, fits, Key, numbers, UNIONS
 
 _CONFIG_FILE = "job.config_file"
 # Of a TOML file that is not in this repository; no key: the file would set it itself.
-_NAMES_CODE, _TRUST = "reward.weights", "trust_code"
+_NAME_CODE, _TRUST = ("reward.weights", "evaluation.reward"), "trust_code"
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -45,8 +45,8 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
     Args:
         keys: of the config, by path.
         args: `--section.key value ...`, `--section.key=value`; a list takes several words, a table pairs of them, a
-            boolean none or one. `--section.no_key` is the boolean `false`. `--trust_code` lets a file outside this
-            repository name code.
+            boolean none or one. `--section.no_key` is the boolean `false`. Of a single value that is given again the
+            last one counts. `--trust_code` lets a file outside this repository name code.
     """
     parsed = Parsed()
     flags = _split(args, parsed)
@@ -65,7 +65,7 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
             _override(flag, words, keys, given, parsed)
     for path, (label, value) in given.items():
         problem = _check(keys[path], value)
-        if not problem and path == _NAMES_CODE and not label.startswith("--") and not trusted:
+        if not problem and path in _NAME_CODE and not label.startswith("--") and not trusted:
             problem = _untrusted(value)
         if problem:
             parsed.problems.append(f"{label} = {value!r}, {problem}")
@@ -74,15 +74,16 @@ def parse(keys: dict[str, Key], args: list[str], default_file: Path) -> Parsed:
             whole = keys[path].hint is float and isinstance(value, int)
             parsed.values[path] = float(value) if whole else value
     for path in REQUIRED:
-        if path not in given and not parsed.failed & {path, _CONFIG_FILE}:
-            parsed.problems.append(f"job config {name}: {path} is not set, and has no default that would be right")
+        if not parsed.failed & {path, _CONFIG_FILE} and not given.get(path, ("", ""))[1]:
+            label = given[path][0] if path in given else f"job config {name}: {path}"
+            parsed.problems.append(f"{label} is not set, and has no default that would be right")
             parsed.failed.add(path)
     return parsed
 
 
-def _untrusted(weights: dict[str, float]) -> str:
+def _untrusted(rewards: dict[str, float] | str) -> str:
     """What is wrong with rewards that a TOML file of anyone's names."""
-    code = [name for name in weights if "." in name or ":" in name]
+    code = [name for name in ([rewards] if isinstance(rewards, str) else rewards) if "." in name or ":" in name]
     if not code:
         return ""
     return f"and {', '.join(code)} is code that would run: read it, then say --{_TRUST} or name it on the command line"
@@ -170,7 +171,10 @@ def _override(flag: str, words: list[str], keys: dict[str, Key], given: dict[str
         parsed.problems.append(f"unknown flag {flag}: {nearest(flag, [f'--{key}' for key in keys])}")
         return
     hint = keys[path].hint
-    if words or hint is bool:
+    if typing.get_origin(hint) in (list, dict) and given.get(path, ("",))[0].startswith("--"):
+        parsed.problems.append(f"{flag} is given twice: write all of its values after one")
+        parsed.failed.add(path)
+    elif words or hint is bool:
         value = _read_words(words, hint)
         if value is _NOT_ONE or value is _TWICE:
             unexpected = f"unexpected {' '.join(words[1:])!r} after {words[0]!r}; a value with spaces takes quotes"

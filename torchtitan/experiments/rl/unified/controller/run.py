@@ -35,8 +35,6 @@ async def run_job(config: JobConfig, task: Task, evaluation: Evaluation) -> str:
     """
     if find_start(config).finished:
         return f"no step was taken: {config.job.dump_folder} stands at its last step"
-    if dropped := task.prompts.dropped:
-        print(f"left out {dropped} prompts that are too long; {len(task.prompts.prompts)} are there to train on")
     # Monarch starts threads at import: only a job that can run gets that far.
     from torchtitan.experiments.rl.unified.controller.meshes import Meshes
 

@@ -9,7 +9,6 @@ Left alone, torchtitan would take each *.safetensors of a directory, vLLM those 
 model.safetensors before the index.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from safetensors import safe_open, SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.experiments.rl.unified import dcp
+from torchtitan.experiments.rl.unified.config.checkpoint_path import read_json
 
 __all__ = ["check_directory", "CheckpointFiles", "load_tensors", "read_checkpoint", "StoredTensor"]
 
@@ -177,8 +177,7 @@ def _indexed(path: Path) -> dict[Path, set[str]]:
     """The files that the index names, with the tensors that it places in them."""
     index = path / INDEX
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError("it has no weight_map, which says what lies in which file")
         placed: dict[Path, set[str]] = {}

@@ -5,13 +5,13 @@
 
 """A checkpoint's config.json, as transformers reads it: each field is used, known to be without effect, or refused."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchtitan.experiments.rl.unified.config.checkpoint_path import read_json
 from torchtitan.experiments.rl.unified.families.base import Family, OwnFields
 from torchtitan.experiments.rl.unified.families.files import check_directory
 
@@ -104,7 +104,10 @@ def read_config(path: str | Path, model_types: Mapping[str, Family]) -> dict[str
     """
     check_directory(Path(path))
     file = Path(path) / "config.json"
-    raw = _read_json(file)
+    try:
+        raw = read_json(file)
+    except FileNotFoundError:
+        raise ValueError(f"No checkpoint here: {file} does not exist.") from None
     model_type, known = raw.get("model_type"), sorted(model_types)
     if model_type not in known:
         raise ValueError(
@@ -121,18 +124,6 @@ def read_config(path: str | Path, model_types: Mapping[str, Family]) -> dict[str
         return _checked(raw, _through_transformers(path), own)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"No checkpoint here: {file} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return raw
 
 
 def _through_transformers(path: str | Path) -> Any:

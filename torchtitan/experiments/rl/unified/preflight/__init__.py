@@ -29,7 +29,7 @@ from torchtitan.experiments.rl.unified.preflight.resume import changed_settings,
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.record.owner import check_free
 from torchtitan.experiments.rl.unified.record.run import check_aside, goes_on
-from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, QA_DATASETS
+from torchtitan.experiments.rl.unified.rollout.datasets import load_prompts, PromptDataset, QA_DATASETS
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.rewards import Rewards
 from torchtitan.experiments.rl.unified.rollout.rows import read_rows
@@ -71,8 +71,10 @@ def check(config: JobConfig) -> Job:
     """
     problems = contradictions(config)
 
-    def passes(look: Callable[[JobConfig], Any]) -> Any:
-        """What `look` returns, True for nothing; None if it finds a problem."""
+    def passes(look: Callable[[JobConfig], Any], *keys: str) -> Any:
+        """What `look` returns, True for nothing; None if it finds a problem, or one was found with `[section] key`."""
+        if any(problem.startswith(keys) for problem in problems):
+            return None
         try:
             found = look(config)
         except (ValueError, OSError) as error:
@@ -86,23 +88,26 @@ def check(config: JobConfig) -> Job:
     if model:
         passes(check_arithmetic)
         passes(check_vocabulary)
-        estimate = passes(estimate_job)
+        estimate = passes(estimate_job, "[trainer] cores", "[generator] cores")
     resumes = checkpoint and passes(check_resume) and passes(check_settings)
-    passes(lambda job: goes_on(job) or check_aside(job) or None) and passes(
+    passes(lambda job: goes_on(job) or check_aside(job) or None, "[job] dump_folder") and passes(
         lambda job: check_free(Path(job.job.dump_folder))
     )
     passes(check_transport)
     passes(check_cluster)
     passes(lambda job: policy_loss(job.policy_loss) and None)
-    task = checkpoint and passes(Task)
+    task = checkpoint and passes(Task, "[reward.weights]")
     evaluation = checkpoint and passes(Evaluation)
-    ends = task and passes(lambda job: check_tokens(job, task))
+    ends = task and passes(lambda job: check_tokens(job, task, evaluation.problems if evaluation else []))
     resumes and task and passes(lambda job: check_position(job, task))
     remarks = task and evaluation and passes(lambda _: evaluation.remarks(task.prompts.prompts))
     if not task:
         # Its parts, one by one: each may have a problem of its own.
         passes(lambda job: advantage_estimator(job.advantage.name, job.rl.group_size) and None)
-        passes(lambda job: Rewards(job.reward.weights, timeout_seconds=job.reward.timeout_seconds).close())
+        passes(
+            lambda job: Rewards(job.reward.weights, timeout_seconds=job.reward.timeout_seconds).close(),
+            "[reward.weights]",
+        )
         passes(load_prompts if checkpoint else _read_rows)
     problems += estimate.refusals() if estimate else []
     if problems:
@@ -112,6 +117,7 @@ def check(config: JobConfig) -> Job:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     said = [
         *warnings(config),
+        *_left_out(task.prompts),
         *_strangers(),
         *remarks,
         *lost_updates(config),
@@ -127,6 +133,13 @@ def _read_rows(config: JobConfig) -> None:
         raise ValueError(f"Unknown dataset {name!r}; there are {', '.join(sorted(QA_DATASETS))}.")
     place = config.training.dataset_path or QA_DATASETS[name]
     read_rows(place, "train", config.data.question_column, config.data.answer_column)
+
+
+def _left_out(prompts: PromptDataset) -> list[str]:
+    if not prompts.dropped:
+        return []
+    left = f"{prompts.dropped} prompts that are too long are left out; {len(prompts.prompts)} are there to train on"
+    return [f'[data] overlong_prompts = "drop": {left}']
 
 
 def _strangers() -> list[str]:

@@ -100,6 +100,11 @@ def check_vocabulary(config: JobConfig) -> None:
         raise ValueError(
             f"[sampling] top_k = {config.sampling.top_k} is above the vocabulary's {sizes.vocabulary} tokens; 0 is off"
         )
+    if config.rl.group_size > 1 and config.sampling.top_p <= 1 / sizes.vocabulary:
+        raise ValueError(
+            f"[sampling] top_p = {config.sampling.top_p:g} leaves the likeliest of {sizes.vocabulary} tokens alone: "
+            f"the {config.rl.group_size} completions of a prompt are equal ([rl] group_size), and nothing is learned"
+        )
     try:
         this_device().check_backend(config.generator.attention_backend)
         this_device().check_block_size(config.generator.block_size)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 from torchtitan.experiments.rl.unified.rollout.rows import Row
 from torchtitan.experiments.rl.unified.tokenizer import render, special_tokens
 from transformers import PreTrainedTokenizerBase
@@ -71,10 +72,9 @@ class ChatTemplate:
             try:
                 texts.append(self._render(row))
             except ValueError as error:
-                raise ValueError(
-                    f"the tokenizer's chat template fails on {row.place}: {error}; look at [data] system_prompt and "
-                    "template_kwargs"
-                ) from error
+                asked = self.system_prompt or self.arguments.keys() - {"strftime_now"}
+                hint = "; look at [data] system_prompt and template_kwargs" if asked else ""
+                raise ValueError(f"the tokenizer's chat template fails on {row.place}: {error}{hint}") from error
         uncut = [text.replace(mark, "") for text, mark in texts]
         encoded = self.tokenizer(uncut, add_special_tokens=False)["input_ids"]
         for index, (text, mark) in enumerate(texts):
@@ -166,8 +166,15 @@ def _variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     try:
         template = tokenizer.get_chat_template()
         # transformers' environment knows the tags that it adds.
-        environment = _compile_jinja_template(template).environment
-        return set(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+        tree = _compile_jinja_template(template).environment.parse(template)
+        names = set(jinja2.meta.find_undeclared_variables(tree))
     # ValueError: several templates, none of them the default; TypeError: it is not text.
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} is no template: {error}") from error
+    used = {node.name for node in tree.find_all((jinja2.nodes.Filter, jinja2.nodes.Name))}
+    if drawn := sorted(used & {"random", "lipsum"}):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} draws by lot ({drawn[0]}), and would make other prompts at "
+            "each start: take that out of it"
+        )
+    return names

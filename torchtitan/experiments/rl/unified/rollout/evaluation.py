@@ -30,6 +30,7 @@ class Evaluation:
         self.steps = config.training.steps
         self.max_tokens = config.sampling.max_tokens
         self.sampling = replace(config.sampling, temperature=self.config.temperature)
+        self.problems: list[Prompt] = []
         if not self.config.interval:
             return
         prompts = load_prompts(config, held_out=True)

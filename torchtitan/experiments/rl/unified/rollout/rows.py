@@ -22,6 +22,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from pyarrow import ArrowException, parquet
 
@@ -58,7 +59,7 @@ def read_rows(path: str, split: str, question_column: str, answer_column: str) -
     Raises:
         ValueError: no such path, no rows, or one that cannot be read or used: names it.
     """
-    columns = [column.split(".")[0] for column in (question_column, answer_column)]
+    columns = [name for column in (question_column, answer_column) for name in (column, column.split(".")[0])]
     rows = []
     for place, values in _values(path, split, columns):
         if isinstance(values, ValueError):
@@ -108,7 +109,10 @@ def _values(path: str, split: str, columns: list[str]) -> Iterator[tuple[str, An
         return
     folder = Path(path).expanduser()
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = load_from_disk(str(folder))
+        try:
+            saved = load_from_disk(str(folder))
+        except Exception as error:  # Of many classes, plain KeyError among them.
+            raise ValueError(f"{path} is no whole data set that was saved to disk: {_said(error)}") from None
         if isinstance(saved, DatasetDict) and split not in saved:
             raise ValueError(f"{path} has no split {split!r}, but {', '.join(map(str, saved))}")
         yield from _from_dataset(path, saved[split] if isinstance(saved, DatasetDict) else saved, columns)
@@ -132,16 +136,28 @@ def _values(path: str, split: str, columns: list[str]) -> Iterator[tuple[str, An
 
 def _from_dataset(path: str, dataset: Dataset, columns: list[str]) -> Iterator[tuple[str, Any]]:
     used = dataset.select_columns([column for column in dict.fromkeys(columns) if column in dataset.column_names])
-    for number, row in enumerate(used, start=1):
+    rows, number = iter(used), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{path}, row {number + 1} cannot be read: {_said(error)}") from None
+        if row is None:
+            return
+        number += 1
         yield f"{path}, row {number}", row
 
 
 def _from_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
     try:
         names = parquet.read_schema(file).names
-        rows = parquet.read_table(file, columns=[c for c in dict.fromkeys(columns) if c in names]).to_pylist()
+        if twice := sorted({name for name in names if names.count(name) > 1} & set(columns)):
+            raise ValueError(f"{file} names the column {twice[0]!r} twice")
+        # As an expression: a name with a dot in it would be taken for a field of a column.
+        used = {name: pyarrow.dataset.field(name) for name in columns if name in names}
+        rows = pyarrow.dataset.dataset(file, format="parquet").to_table(columns=used).to_pylist()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from None
+        raise ValueError(f"{file} is not a Parquet file: {_said(error)}") from None
     for number, row in enumerate(rows, start=1):
         yield f"{file}, row {number}", row
 
@@ -179,6 +195,10 @@ def _from_csv(file: Path, raw: bytes, columns: list[str]) -> Iterator[tuple[str,
         raise ValueError(f"{file}, line {line} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.reader.line_num} is not CSV: {error}") from None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 class _GivenTwice(ValueError):
@@ -243,6 +263,10 @@ def _messages(place: str, column: str, value: Any) -> tuple[dict[str, str], ...]
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{place} has {repr(message)[:80]} in {column!r}, which is no message (role and content)")
+        if more := sorted(name for name, given in message.items() if given and name not in ("role", "content")):
+            raise ValueError(
+                f"{place} has a message with {more[0]!r} in {column!r}: templates here get role and content"
+            )
         messages.append({"role": message["role"], "content": _text(place, f"{column}.content", message.get("content"))})
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{place}: the messages in {column!r} do not end with one of the user's")
