@@ -28,7 +28,13 @@ from torchtitan.experiments.rl.unified.config.schema import fits, keys_of, numbe
 from torchtitan.experiments.rl.unified.config.sections import Sections
 from torchtitan.experiments.rl.unified.preflight import check
 from torchtitan.experiments.rl.unified.preflight.model import model_of_job
-from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_position, check_settings
+from torchtitan.experiments.rl.unified.preflight.resume import (
+    changed_settings,
+    check_files,
+    check_position,
+    check_settings,
+)
+from torchtitan.experiments.rl.unified.record.provenance import check_reference, checkpoint_digests, write_provenance
 from torchtitan.experiments.rl.unified.record.run import RunRecord
 from torchtitan.experiments.rl.unified.rollout.task import Task
 from transformers import AutoTokenizer
@@ -159,6 +165,7 @@ def run_before(tmp_path) -> list[str]:
     checkpoint = tmp_path / "run" / "checkpoint" / "step-3"
     dcp.save(state | {"train_state": {"step": 3}}, checkpoint_id=checkpoint, no_dist=True)
     write_toml(config, tmp_path / "run" / "config.toml")
+    write_provenance(config, tmp_path / "run" / "provenance.json", 0, checkpoint_digests(config))
     return flags
 
 
@@ -185,7 +192,7 @@ def test_a_resume_applies_or_refuses_each_key(run_before):
             continue
         resumed = load_job_config([*run_before, *other_value(config, key)])
         if path in FIXED:
-            with pytest.raises(ValueError, match=rf"^{path} is .*, and was .*: .* Set it back, or begin another run"):
+            with pytest.raises(ValueError, match=rf"^{path} is .*, and was .*: .* Set that back, or begin another run"):
                 check_settings(resumed)
         else:
             check_settings(resumed)
@@ -217,6 +224,51 @@ def test_a_position_among_other_prompts_is_refused_before_anything_starts(run_be
         assert task.state_dict() == at_start
 
 
+def changed_file(folder: Path, name: str, **fields) -> Path:
+    """A copy of the tiny checkpoint with other fields in one of its files."""
+    shutil.copytree(load_job_config([]).model.hf_assets_path, folder)
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps(content | fields), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, fields, complaint",
+    [
+        ("config.json", {"rms_norm_eps": 0.5}, "rms_norm_eps is 0.5, and was 1e-06"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}},
+            "rope_theta is 9.0, and was ",
+        ),
+        ("generation_config.json", {"eos_token_id": [2, 7]}, r"eos_token_id is \[2, 7\], and was \[0, 2\]"),
+        ("tokenizer_config.json", {"eos_token": "<|im_start|>"}, "eos_token is '<|im_start|>', and was '<|im_end|>'"),
+        ("config.json", {"transformers_version": "5.9.9", "use_cache": False}, ""),
+    ],
+)
+def test_a_resume_with_another_model_in_its_files_is_refused(run_before, tmp_path, name, fields, complaint):
+    folder = changed_file(tmp_path / "changed", name, **fields)
+    config = load_job_config([*run_before, "--policy_loss.kl_weight=0", f"--model.hf_assets_path={folder}"])
+    check_files(load_job_config(run_before))
+    if complaint:
+        with pytest.raises(ValueError, match=complaint.replace("|", r"\|")):
+            check_files(config)
+    else:
+        check_files(config)
+
+
+def test_a_reference_policy_of_other_weights_is_refused(run_before, tmp_path):
+    config, record = load_job_config(run_before), tmp_path / "run" / "provenance.json"
+    digests = checkpoint_digests(config)
+    check_reference(config, digests)
+    write_provenance(
+        config, record, 3, digests | {"model.safetensors": "0"}
+    )  # A resume leaves what the run began with.
+    check_reference(config, digests)
+    with pytest.raises(ValueError, match="^model.safetensors of .* is not what this run began with"):
+        check_reference(config, digests | {"model.safetensors": "0"})
+
+
 def test_another_tokenizer_is_allowed_without_a_reference_policy(run_before, tmp_path):
     copied = shutil.copytree(load_job_config([]).model.hf_assets_path, tmp_path / "moved")
     config = load_job_config([*run_before, "--policy_loss.kl_weight=0", f"--model.hf_assets_path={copied}"])
@@ -236,7 +288,9 @@ def test_a_state_taken_from_another_run_is_held_to_that_runs_settings(run_before
 def test_a_run_that_does_not_say_what_it_was_is_not_gone_on_with(run_before, tmp_path, content):
     file = tmp_path / "run" / "config.toml"
     file.write_bytes(content) if content else file.unlink()
-    with pytest.raises(ValueError, match="^/.*config.toml, which says what the run was .* put it back, or begin anot"):
+    with pytest.raises(
+        ValueError, match="^/.*config.toml, which says what the run was .* Set that back, or begin another"
+    ):
         check_settings(load_job_config(run_before))
 
 

@@ -19,7 +19,7 @@ from torchtitan.experiments.rl.unified.errors import TrainerLost, WeightTransfer
 from torchtitan.experiments.rl.unified.messages import Trajectory
 from torchtitan.experiments.rl.unified.record.checkpoints import find_start
 from torchtitan.experiments.rl.unified.record.owner import owned
-from torchtitan.experiments.rl.unified.record.provenance import checkpoint_digests
+from torchtitan.experiments.rl.unified.record.provenance import check_reference, checkpoint_digests
 from torchtitan.experiments.rl.unified.record.run import RunRecord, set_aside
 from torchtitan.experiments.rl.unified.rollout.evaluation import Evaluation
 from torchtitan.experiments.rl.unified.rollout.task import Task
@@ -66,6 +66,8 @@ async def attempt(config: JobConfig, meshes, task: Task, evaluation: Evaluation)
     if config.parity.check != "off":
         engines = {replica.name: replica.arithmetic for replica in meshes.generators.replicas}
         one_arithmetic({"the trainer": meshes.trainer.arithmetic} | engines)
+    if step and config.policy_loss.kl_weight:
+        check_reference(config, digests)
     batches = [Batch([Trajectory.from_dict(values) for values in batch]) for batch in state.get("batches", [])]
     queue = TrajectoryQueue(steps_ahead(config), step, batches)
     task.load_state_dict(state.get("task"))

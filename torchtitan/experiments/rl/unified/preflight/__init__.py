@@ -25,7 +25,12 @@ from torchtitan.experiments.rl.unified.preflight.model import (
     lost_updates,
     model_of_job,
 )
-from torchtitan.experiments.rl.unified.preflight.resume import changed_settings, check_position, check_settings
+from torchtitan.experiments.rl.unified.preflight.resume import (
+    changed_settings,
+    check_files,
+    check_position,
+    check_settings,
+)
 from torchtitan.experiments.rl.unified.preflight.tokens import check_tokens
 from torchtitan.experiments.rl.unified.record.owner import check_free
 from torchtitan.experiments.rl.unified.record.run import check_aside, goes_on
@@ -89,7 +94,7 @@ def check(config: JobConfig) -> Job:
         passes(check_arithmetic)
         passes(check_vocabulary)
         estimate = passes(estimate_job, "[trainer] cores", "[generator] cores")
-    resumes = checkpoint and passes(check_resume) and passes(check_settings)
+    resumes = checkpoint and passes(check_resume) and passes(check_settings) and passes(check_files)
     passes(lambda job: goes_on(job) or check_aside(job) or None, "[job] dump_folder") and passes(
         lambda job: check_free(Path(job.job.dump_folder))
     )

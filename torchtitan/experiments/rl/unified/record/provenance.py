@@ -32,6 +32,10 @@ DISTRIBUTIONS = (
 )
 
 
+# The small files of a checkpoint that say what its model is and what ends a completion.
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
 def checkpoint_digests(config: JobConfig) -> dict[str, str]:
     """SHA-256 of each file that the job starts from, by name. Takes seconds for each few GB."""
     folders = filter(None, (config.model.hf_assets_path, config.checkpoint.initial_load_path))
@@ -45,9 +49,13 @@ def write_provenance(config: JobConfig, path: Path, first_step: int, digests: di
         config: the job.
         path: of the file.
         first_step: steps taken before this start.
-        digests: `checkpoint_digests`.
+        digests: `checkpoint_digests`; those of the first start stay.
     """
     starts = [start for start in read_starts(path) if start["first_step"] < first_step]
+    files = _model_files(config)
+    if first_step and starts:  # What the run began with.
+        before = json.loads(path.read_text(encoding="utf-8"))
+        digests, files = before.get("checkpoint", digests), before.get("model", files)
     starts.append(
         {
             "first_step": first_step,
@@ -63,7 +71,8 @@ def write_provenance(config: JobConfig, path: Path, first_step: int, digests: di
             "seeds": {"debug.seed": config.debug.seed, "debug.deterministic": config.debug.deterministic},
         }
     )
-    path.write_text(json.dumps({"checkpoint": digests, "starts": starts}, indent=1) + "\n")
+    content = {"checkpoint": digests, "model": files, "starts": starts}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +87,33 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record of a run's starts ({error}): mend it or move it away") from None
     return starts
+
+
+def read_model(path: Path) -> dict[str, Any]:
+    """What MODEL_FILES held when the run of a file of `write_provenance` began, by name; {} where that is not told."""
+    return json.loads(path.read_text(encoding="utf-8")).get("model", {}) if read_starts(path) else {}
+
+
+def check_reference(config: JobConfig, digests: dict[str, str]) -> None:
+    """The weights that a KL penalty refers to are those that the run began with.
+
+    Raises:
+        ValueError: names the first file that has changed since.
+    """
+    path = Path(config.job.dump_folder) / "provenance.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["checkpoint"] if path.exists() else {}
+    weights = sorted(name for name in before if name.endswith((".safetensors", ".distcp")))
+    if changed := [name for name in weights if digests.get(name) != before[name]]:
+        raise ValueError(
+            f"{changed[0]} of {config.checkpoint.initial_load_path or config.model.hf_assets_path} is not what this "
+            "run began with: the KL penalty's reference policy would be another. Put it back, or begin another run "
+            "([job] dump_folder) with this one's weights: [checkpoint] initial_load_path"
+        )
+
+
+def _model_files(config: JobConfig) -> dict[str, Any]:
+    files = [Path(config.model.hf_assets_path) / name for name in MODEL_FILES]
+    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
 
 
 def versions() -> dict[str, str]:
