@@ -21,6 +21,7 @@ import tomli_w
 import torch.distributed.checkpoint as dcp
 from torchtitan.experiments.rl.unified import config as config_room
 from torchtitan.experiments.rl.unified.config.checks import CHECKS, warnings
+from torchtitan.experiments.rl.unified.config.idle import IDLE
 from torchtitan.experiments.rl.unified.config.keys import APPLIED, FIXED, HONOURED, REFUSED, REQUIRED, SAME
 from torchtitan.experiments.rl.unified.config.load import JobConfig, load_job_config, TRAIN_CONFIGS, write_toml
 from torchtitan.experiments.rl.unified.config.ranges import TORCHTITAN
@@ -375,6 +376,32 @@ def test_no_text_of_a_file_that_is_not_this_repositorys_becomes_code(tmp_path, m
         load_job_config(["--evaluation.reward", "planted:f", "--evaluation.interval", "1", "--parity.check=off"])
     ).close()
     assert (tmp_path / "ran").exists()
+
+
+def test_what_is_set_in_vain_is_remarked():
+    """Proves for each such key that it is named while it does nothing, and not when it does something."""
+    asked = {
+        "[checkpoint] enable": ["--checkpoint.enable"],
+        "[evaluation] interval": ["--evaluation.interval=5"],
+        '[weight_sync] transport = "file"': ["--weight_sync.transport=file"],
+        "a [policy_loss] name that clips": ["--policy_loss.name=dapo"],
+        "[trajectory_queue] max_staleness": ["--trajectory_queue.max_staleness=1", "--parity.check=assert"],
+        "[parity] check": ["--trajectory_queue.max_staleness=1", "--parity.check=assert"],
+        "[activation_checkpoint] mode": ["--activation_checkpoint.mode=selective"],
+        "[metrics] enable_tensorboard": ["--metrics.enable_tensorboard"],
+        "[cluster] trainer or generators": ["--cluster.trainer", "tcp://a:1"],
+    }
+    idle = ["--evaluation.interval=0", "--policy_loss.name=reinforce", "--metrics.no_enable_tensorboard"]
+    idle += ["--parity.check=off", "--trajectory_queue.max_staleness=0"]
+    for needed, paths, _ in IDLE:
+        for path in paths:
+            flags = other_value(load_job_config(idle), KEYS[path])
+            lines = [line for line in warnings(load_job_config([*idle, *flags])) if f"without {needed}, " in line]
+            assert len(lines) == 1 and "[{}] {}".format(*path.split(".")) in lines[0], (path, lines)
+            lines = warnings(load_job_config([*idle, *flags, *asked[needed]]))
+            assert not any(f"without {needed}, " in line for line in lines), (path, lines)
+    for path in TRAIN_CONFIGS.glob("*.toml"):
+        assert warnings(load_job_config(["--job.config_file", str(path)])) == []
 
 
 def test_a_decay_that_the_warm_up_shortens_is_remarked():

@@ -77,6 +77,9 @@ def returns_too_much(sample):
 def returns_more_than_fp32(sample):
     return 1e39
 
+def huge(sample):
+    return 9e14
+
 def returns_none(sample):
     pass
 
@@ -119,6 +122,14 @@ def running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def ended(process: int) -> bool:
+    """Whether it ends within some seconds."""
+    deadline = time.monotonic() + 10
+    while running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not running(process)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +269,42 @@ def test_of_a_module_that_forks_one_process_answers(tmp_path, monkeypatch, capfd
     assert capfd.readouterr().err == ""
 
 
+FORKING = """
+import os, subprocess
+def forks(sample):
+    return 2.0 if os.fork() == 0 else float(sample.completion)
+def starts(sample):
+    return subprocess.Popen(["sleep", "600"]).pid
+"""
+
+
+def test_what_a_function_starts_ends_with_it_and_a_forked_copy_gives_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "forking.py").write_text(FORKING)
+    monkeypatch.chdir(tmp_path)
+    assert score("forking:forks", *(sample(str(i)) for i in range(20))) == list(range(20))
+    rewards = Rewards({"forking:starts": 1.0}, 30.0)
+    started = [int(result.total) for result in rewards.score([sample("1")] * 3)]
+    assert all(map(running, started))
+    rewards.close()
+    assert all(map(ended, started))
+    # And with a run that is killed: the pipe is closed, and nobody calls close().
+    code = (
+        "import os, sys; sys.path.insert(0, os.getcwd())\n"
+        "from torchtitan.experiments.rl.unified.rollout.rewards import RewardInput, Rewards\n"
+        "rewards = Rewards({'forking:starts': 1.0}, 30.0)\n"
+        "print(int(rewards.score([RewardInput('', '', '', 1, False, 1)])[0].total), flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -9 and ended(int(killed.stdout))
+
+
+def test_rewards_that_add_up_to_too_much_are_named(users_module):
+    two = {"users_rewards:huge": 1.0, "users_rewards.huge": 1.0}
+    with pytest.raises(RewardError, match="rewards add up to 1.8e.15, beyond 1e.15, on sample 0 of the batch"):
+        Rewards(two, 30.0).score([sample("4")])
+
+
 def test_a_users_truth_is_a_number(users_module):
     assert score("users_rewards:right", sample("18"), sample("19")) == [1.0, 0.0]
 
@@ -276,7 +323,7 @@ def test_users_rewards_stand_beside_others(users_module):
         ("raises", "ZeroDivisionError: no fours, please"),
         ("returns_nan", "it returned nan, which is not a finite number"),
         ("returns_too_much", "OverflowError"),
-        ("returns_more_than_fp32", "it returned 1e+39, with its weight more than fp32 can hold"),
+        ("returns_more_than_fp32", "it returned 1e+39, with its weight beyond 1e+15"),
         ("returns_text", "it returned '1.0', which is not a number"),
         ("returns_none", "it returned None, which is not a number"),
         ("exits", "SystemExit: 3"),

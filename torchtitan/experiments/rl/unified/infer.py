@@ -16,7 +16,7 @@ import os
 import sys
 import tomllib
 
-if os.environ.get("RL_VERBOSE") != "1":
+if __name__ == "__main__" and os.environ.get("RL_VERBOSE") != "1":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # As prepare_environment; torch reads it when it is loaded.
 try:
     import torch

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .idle import idle_keys
+
 
 def contradictions(config: Any, failed: Set[str] = frozenset()) -> list[str]:
     """A line for each thing that is wrong.
@@ -30,7 +32,7 @@ def contradictions(config: Any, failed: Set[str] = frozenset()) -> list[str]:
 
 def warnings(config: Any) -> list[str]:
     """A line for each thing that is allowed and hardly meant."""
-    found, scheduler, steps = [], config.lr_scheduler, config.training.steps
+    found, scheduler, steps = list(idle_keys(config)), config.lr_scheduler, config.training.steps
     if config.optimizer.lr == 0:
         found.append("[optimizer] lr = 0: the policy stays as it is")
     if 0 < steps <= config.trajectory_queue.max_staleness:

@@ -13,7 +13,6 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import torch
 from torchtitan.experiments.rl.unified.messages import RewardResult
 from torchtitan.experiments.rl.unified.rollout.answers import reference_values
 from torchtitan.experiments.rl.unified.rollout.rewards.base import Reward, RewardError, RewardInput
@@ -33,8 +32,8 @@ REWARDS: dict[str, Reward | type[MathVerify]] = {
 
 
 Batch = Callable[[Sequence[RewardInput]], Iterable[float]]
-# Rewards become fp32 tensors.
-LARGEST = torch.finfo(torch.float32).max
+# Advantages are computed in fp32, squares and sums among them.
+LARGEST = 1e15
 
 
 class Rewards:
@@ -92,8 +91,14 @@ class Rewards:
             RewardError: a reward raised, took too long or returned no finite number; names it and the sample.
         """
         parts = {name: self._values(name, samples) for name in self.weights}
-        results = [{name: values[index] for name, values in parts.items()} for index in range(len(samples))]
-        return [RewardResult(sum(self.weights[n] * part for n, part in r.items()), r) for r in results]
+        results = []
+        for index, sample in enumerate(samples):
+            found = {name: values[index] for name, values in parts.items()}
+            total = sum(self.weights[name] * value for name, value in found.items())
+            if abs(total) > LARGEST:
+                raise RewardError(f"rewards add up to {total:g}, beyond {LARGEST:g}, {_place(sample, index)}")
+            results.append(RewardResult(total, found))
+        return results
 
     def close(self) -> None:
         """Ends the rewards' processes. Not calling it leaves that to the interpreter's end."""
@@ -108,16 +113,19 @@ class Rewards:
                 if not _is_finite(value):
                     raise ValueError(f"it returned {value!r}, which is not a finite number")
                 if max(abs(value), abs(value * self.weights[name])) > LARGEST:
-                    raise ValueError(f"it returned {value!r}, with its weight more than fp32 can hold")
+                    raise ValueError(f"it returned {value!r}, with its weight beyond {LARGEST:g}")
                 values.append(float(value))
         except Exception as error:
-            sample = samples[len(values)]
-            raise RewardError(
-                f"reward {name!r} failed on sample {len(values)} of the batch: {error}\n"
-                f"prompt: {_excerpt(sample.prompt)}\ncompletion: {_excerpt(sample.completion)}\n"
-                f"reference answer: {_excerpt(sample.answer)}"
-            ) from error
+            where, _, shown = _place(samples[len(values)], len(values)).partition("\n")
+            raise RewardError(f"reward {name!r} failed {where}: {error}\n{shown}") from error
         return values
+
+
+def _place(sample: RewardInput, index: int) -> str:
+    return (
+        f"on sample {index} of the batch\nprompt: {_excerpt(sample.prompt)}\n"
+        f"completion: {_excerpt(sample.completion)}\nreference answer: {_excerpt(sample.answer)}"
+    )
 
 
 def _find(name: str, timeout_seconds: float) -> Batch:

@@ -10,6 +10,7 @@ cannot even be waited for. A process can be ended, and the run then says which r
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -89,7 +90,8 @@ class RewardProcess:
         with theirs:
             command = [sys.executable, str(Path(__file__).with_name("user_process.py")), str(theirs.fileno())]
             errors = subprocess.DEVNULL if self.quiet else None
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=errors)
+            # A group of its own, which what the function starts belongs to.
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=errors, process_group=0)
         self._end = weakref.finalize(self, _end, self._connection, self._process)
         # The working directory is where people put a module of their own; a command's sys.path need not have it.
         self._connection.send(([*sys.path, os.getcwd()], self.path))
@@ -130,5 +132,6 @@ class RewardProcess:
 
 def _end(parent: connection.Connection, process: subprocess.Popen) -> None:
     parent.close()
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()

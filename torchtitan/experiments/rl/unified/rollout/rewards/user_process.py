@@ -34,7 +34,7 @@ def serve(parent: Connection) -> None:
         parent.send((f"reward {path!r} cannot be used: {_describe(error)}", None))
         return
     if os.getpid() != process:  # A module that forks when it is imported: only one may answer.
-        return
+        os._exit(0)
     parent.send((None, 0.0))
     reward_input = runpy.run_path(str(Path(__file__).with_name("base.py")))["RewardInput"]
     while True:
@@ -44,6 +44,8 @@ def serve(parent: Connection) -> None:
             return
         faulthandler.dump_traceback_later(timeout_seconds, exit=True)
         reply = _evaluate(function, reward_input(**fields))
+        if os.getpid() != process:  # Likewise of a function that forks.
+            os._exit(0)
         faulthandler.cancel_dump_traceback_later()
         parent.send(reply)
 
@@ -83,6 +85,6 @@ def _describe(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches the whole group; the parent decides what it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))
+    if os.getpgid(0) == os.getpid():  # Whoever asked is gone: what the function has left running goes, too.
+        os.killpg(0, signal.SIGKILL)
