@@ -19,6 +19,7 @@ from torchtitan.experiments.rl.unified.families import model_of_checkpoint
 from torchtitan.experiments.rl.unified.preflight.model import (
     check_arithmetic,
     check_checkpoint,
+    check_recomputation,
     check_resume,
     check_vocabulary,
     lost_updates,
@@ -120,6 +121,20 @@ def test_settings_beyond_the_model_are_refused():
         with pytest.raises(ValueError, match=complaint):
             look(load_job_config(flags))
     check_vocabulary(load_job_config(["--sampling.top_k=512"]))
+    selective = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option"]
+    fqns = "--activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns"
+    for option, words, complaint in (
+        ("3", [], 'selective_ac_option = "3" of 2 layers recomputes none'),
+        ("op", [fqns, "feed_forward.w1", "nosuch"], "no linear layer has 'nosuch' in its name"),
+        ("op", [fqns, "feed_forward"], "layers.0.feed_forward, which is no linear layer, has 'feed_forward' in"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            check_recomputation(load_job_config([*selective, option, *words]))
+    check_recomputation(load_job_config([*selective, "2", fqns, "feed_forward.w1"]))
+    with pytest.raises(ValueError, match="initial_load_model_only = false, but .* holds weights alone"):
+        tiny = load_job_config([]).model.hf_assets_path
+        flags = [f"--checkpoint.initial_load_path={tiny}", "--checkpoint.no_initial_load_model_only"]
+        check_resume(load_job_config(flags))
     for temperature in ("3", "0.001"):
         with pytest.raises(ValueError, match="temperature = .*, but it must be 0 or at least 0.01 and at most 2"):
             load_job_config(["--sampling.temperature", temperature])

@@ -386,6 +386,7 @@ def test_what_is_set_in_vain_is_remarked():
         '[weight_sync] transport = "file"': ["--weight_sync.transport=file"],
         "a [policy_loss] name that clips": ["--policy_loss.name=dapo"],
         "[trajectory_queue] max_staleness": ["--trajectory_queue.max_staleness=1", "--parity.check=assert"],
+        "[checkpoint] initial_load_path": [f"--checkpoint.initial_load_path={TRAIN_CONFIGS}"],
         "[parity] check": ["--trajectory_queue.max_staleness=1", "--parity.check=assert"],
         "[activation_checkpoint] mode": ["--activation_checkpoint.mode=selective"],
         "[metrics] enable_tensorboard": ["--metrics.enable_tensorboard"],

@@ -104,6 +104,21 @@ def test_a_template_that_fails_or_loses_something_is_refused(tokenizer, template
         ChatTemplate(tokenizer, {}, "Be brief.").encode([row("Why so?", number=7)])
 
 
+def test_a_template_that_drops_a_message_of_any_role_is_refused(tokenizer):
+    roles = ["user", "assistant", "tool", "user"]
+    messages = tuple({"role": role, "content": f"<think>hm</think>It is {i}."} for i, role in enumerate(roles))
+    conversation = Row("rows.jsonl, line 1", messages, "1")
+    for left_out in ("assistant", "tool"):
+        tokenizer.chat_template = PLAIN.replace("%}<|im_s", f"if m.role != '{left_out}' %}}<|im_s", 1)
+        with pytest.raises(ValueError, match=f"leaves out the {left_out}'s message"):
+            ChatTemplate(tokenizer, {}).encode([conversation])
+    # What an assistant thought may go.
+    tokenizer.chat_template = PLAIN.replace(
+        "m.content", "m.content.split('</think>')[-1] if m.role == 'assistant' else m.content"
+    )
+    assert len(ChatTemplate(tokenizer, {}).encode([conversation])) == 1
+
+
 def test_no_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="qwen3_tiny has no chat template"):
@@ -257,6 +272,14 @@ def test_every_prompt_is_read_as_tokenizer_json_says(tmp_path):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     flags = [f"--model.hf_assets_path={folder}", "--training.dataset=local", "--parity.check=off"]
+    with pytest.raises(ValueError, match="has token 600, but the model's vocabulary has 512"):
+        beyond = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+        token = {"special": False, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        beyond["added_tokens_decoder"] = {"600": {"content": "cups", **token}}
+        other = Path(shutil.copytree(CHECKPOINT, tmp_path / "beyond"))
+        (other / "tokenizer_config.json").write_text(json.dumps(beyond), encoding="utf-8")
+        data = [f"--training.dataset_path={tmp_path}/plain.jsonl", f"--evaluation.dataset_path={tmp_path}/held.jsonl"]
+        check(load_job_config([*flags, *data, f"--model.hf_assets_path={other}", "--evaluation.interval=1"]))
     for train, held in (("odd", ""), ("plain", "held")):
         data = [f"--training.dataset_path={tmp_path / train}.jsonl", f"--evaluation.interval={len(held)}"]
         data += [f"--evaluation.dataset_path={tmp_path / held}.jsonl"] if held else []

@@ -39,6 +39,11 @@ IDLE: tuple[tuple[str, tuple[str, ...], Callable[[Any], bool]], ...] = (
         ("policy_loss.tis_cap", "parity.stale_share"),
         lambda config: not config.trajectory_queue.max_staleness,
     ),
+    (
+        "[checkpoint] initial_load_path",
+        ("checkpoint.initial_load_model_only",),
+        lambda config: not config.checkpoint.initial_load_path,
+    ),
     ("[parity] check", ("parity.stale_share",), lambda config: config.parity.check == "off"),
     (
         "[activation_checkpoint] mode",

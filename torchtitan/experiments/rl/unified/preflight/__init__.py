@@ -20,6 +20,7 @@ from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job, J
 from torchtitan.experiments.rl.unified.preflight.model import (
     check_arithmetic,
     check_checkpoint,
+    check_recomputation,
     check_resume,
     check_vocabulary,
     lost_updates,
@@ -93,6 +94,7 @@ def check(config: JobConfig) -> Job:
     if model:
         passes(check_arithmetic)
         passes(check_vocabulary)
+        passes(check_recomputation, "[activation_checkpoint]")
         estimate = passes(estimate_job, "[trainer] cores", "[generator] cores")
     resumes = checkpoint and passes(check_resume) and passes(check_settings) and passes(check_files)
     passes(lambda job: goes_on(job) or check_aside(job) or None, "[job] dump_folder") and passes(

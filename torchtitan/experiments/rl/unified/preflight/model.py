@@ -7,6 +7,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,6 +55,12 @@ def check_resume(config: JobConfig) -> None:
     settings = config.checkpoint
     if settings.async_mode == "async_with_pinned_mem" and settings.enable and this_device().in_host_memory:
         raise ValueError('[checkpoint] async_mode "async_with_pinned_mem" needs an accelerator; here use "async"')
+    path = settings.initial_load_path
+    if path and not settings.initial_load_model_only and not (Path(path) / ".metadata").is_file():
+        raise ValueError(
+            f"[checkpoint] initial_load_model_only = false, but {path} holds weights alone, no optimizer state and no "
+            "position: leave it out, or name a checkpoint/step-N that a run has saved whole"
+        )
     start = find_start(config)
     for note in start.notes:
         logger.warning(note)
@@ -118,6 +125,34 @@ def check_vocabulary(config: JobConfig) -> None:
             f"[generator] kv_cache_gib = {engine.kv_cache_gib:g} does not hold one sequence of [training] seq_len "
             f"{config.training.seq_len} tokens, which takes {needed:.3g}: raise the one or lower the other"
         )
+
+
+def check_recomputation(config: JobConfig) -> None:
+    """What `[activation_checkpoint]` counts and names is there in the model.
+
+    Raises:
+        ValueError: says what is not.
+    """
+    settings, policy = config.activation_checkpoint, model_of_job(config)
+    if settings.mode != "selective":
+        return
+    option, layers = settings.selective_ac_option, policy.geometry.layers
+    if option != "op" and int(option) > layers:
+        raise ValueError(
+            f'[activation_checkpoint] selective_ac_option = "{option}" of {layers} layers recomputes none: set mode = '
+            f'"none", or a number up to {layers}'
+        )
+    key = "per_op_sac_force_recompute_mm_shapes_by_fqns"
+    if (names := getattr(settings, key)) == getattr(type(settings)(), key):
+        return
+    with torch.device("meta"):
+        modules = dict(policy.build().named_modules())
+    for name in names:
+        found = [path for path in modules if name in path]
+        others = [path for path in found if not isinstance(modules[path], nn.Linear)]
+        if others or not found:
+            what = f"{others[0]}, which is no linear layer, has" if others else "no linear layer has"
+            raise ValueError(f"[activation_checkpoint] {key}: {what} {name!r} in its name")
 
 
 def check_arithmetic(config: JobConfig) -> None:

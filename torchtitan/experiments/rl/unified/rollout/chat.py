@@ -95,9 +95,12 @@ class ChatTemplate:
         for message in messages:
             message["content"] = self._special.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", message["content"])
         text = render(self.tokenizer, messages, add_generation_prompt=True, **self.arguments)
-        # A template may leave out what an assistant thought, turns ago.
         for message in messages:
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            # A template may leave out what an assistant thought, turns ago.
+            said = (
+                message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+            )
+            if said.strip() not in text:
                 raise ValueError(f"it leaves out the {message['role']}'s message {ascii(message['content'][:60])}")
         return text, mark
 
