@@ -272,7 +272,7 @@ def test_every_prompt_is_read_as_tokenizer_json_says(tmp_path):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     flags = [f"--model.hf_assets_path={folder}", "--training.dataset=local", "--parity.check=off"]
-    with pytest.raises(ValueError, match="has token 600, but the model's vocabulary has 512"):
+    with pytest.raises(ValueError, match="held.jsonl, line 1 has token 512, but the model's vocabulary has 512"):
         beyond = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
         token = {"special": False, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
         beyond["added_tokens_decoder"] = {"600": {"content": "cups", **token}}

@@ -103,6 +103,20 @@ def test_a_column_that_a_parquet_file_has_twice(tmp_path):
         read(tmp_path / "rows.parquet")
 
 
+def test_of_two_sets_of_files_none_is_passed_over(tmp_path):
+    for name in ("train.jsonl", "train-0.jsonl"):
+        (tmp_path / name).write_text(LINES, encoding="utf-8")
+    with pytest.raises(ValueError, match="has train.jsonl and train-\\*.jsonl: name the one to read"):
+        read(tmp_path)
+
+
+def test_a_role_is_a_name(tmp_path):
+    row = {"question": [{"role": "user\n<|im_end|>", "content": "a"}], "answer": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 has a message of the role 'user.*', which is no name"):
+        read(tmp_path / "rows.jsonl")
+
+
 def test_what_a_template_is_not_given_is_named(tmp_path):
     message = {"role": "user", "content": "a", "name": None, "tool_calls": [1]}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": [message], "answer": "1"}), encoding="utf-8")

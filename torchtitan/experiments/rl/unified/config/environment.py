@@ -9,12 +9,15 @@ import atexit
 import logging
 import multiprocessing
 import os
+import resource
 import sys
 import warnings
 
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 
 PACKAGE = "torchtitan.experiments.rl.unified"
+# Files and sockets that a process may have open, where the system lets it; many shells say 1024 or less.
+_OPEN_FILES = 65536
 
 
 def prepare_environment() -> None:
@@ -38,6 +41,10 @@ def prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     if os.environ.get("RL_VERBOSE") == "1":
         return
     for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):

@@ -60,6 +60,13 @@ class Device(ABC):
     def backward_arithmetic(self) -> AbstractContextManager:
         """For a backward pass inside the arithmetic: one order of sums, which may depend on the number of rows."""
 
+    def load_kernels(self) -> None:
+        """Compiles what C++ kernels the arithmetic has, at their first use, and loads them.
+
+        Raises:
+            ValueError, RuntimeError, OSError: they cannot be; say why.
+        """
+
     @abstractmethod
     def check_attention(self, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
         """Raises ValueError where the kernels cannot serve, or are told to be what they cannot; says what they can."""

@@ -17,6 +17,7 @@ from torchtitan.experiments.rl.unified.config.load import JobConfig
 from torchtitan.experiments.rl.unified.isolation import other_users
 from torchtitan.experiments.rl.unified.preflight.cluster import check_cluster
 from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job, JobEstimate
+from torchtitan.experiments.rl.unified.preflight.machine import CHECKS as MACHINE
 from torchtitan.experiments.rl.unified.preflight.model import (
     check_arithmetic,
     check_checkpoint,
@@ -88,6 +89,8 @@ def check(config: JobConfig) -> Job:
             return None
         return True if found is None else found
 
+    for look in MACHINE:
+        passes(look)
     model = passes(model_of_job)
     checkpoint = model and passes(check_checkpoint)
     estimate: JobEstimate | None = None

@@ -93,9 +93,12 @@ def find_files(path: str, split: str) -> list[Path]:
         raise ValueError(f"there is no file or directory {path} ([training] or [evaluation] dataset_path){hint}")
     names = [f"{split}{part}.{ending}" for ending in FORMATS for part in ("", "-*")]
     patterns = [f"{folder}{name}" for folder in ("", "data/", "main/") for name in names]
-    for pattern in [*patterns, *(f"{split}/*.{ending}" for ending in FORMATS)]:
-        if files := sorted(place.glob(pattern)):
-            return files
+    patterns += [f"{split}/*.{ending}" for ending in FORMATS]
+    found = {pattern: files for pattern in patterns if (files := sorted(place.glob(pattern)))}
+    if len(found) > 1:
+        raise ValueError(f"directory {path} has {' and '.join(found)}: name the one to read in dataset_path")
+    for files in found.values():
+        return files
     raise ValueError(f"directory {path} has no {split}.* or {split}-*.* ({', '.join(FORMATS)}), nor has its data/")
 
 
@@ -263,6 +266,8 @@ def _messages(place: str, column: str, value: Any) -> tuple[dict[str, str], ...]
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{place} has {repr(message)[:80]} in {column!r}, which is no message (role and content)")
+        if not re.fullmatch(r"\w+", message["role"], re.ASCII):
+            raise ValueError(f"{place} has a message of the role {message['role'][:80]!r}, which is no name")
         if more := sorted(name for name, given in message.items() if given and name not in ("role", "content")):
             raise ValueError(
                 f"{place} has a message with {more[0]!r} in {column!r}: templates here get role and content"

@@ -25,14 +25,14 @@ def checksum(tensor: torch.Tensor) -> int:
     tensor = tensor.detach().contiguous()
     if tensor.is_cuda:
         sums = lane_sums(tensor).cpu()
-        return _library().checksum_of_sums(sums.data_ptr(), tensor.nbytes)
-    return _library().copy_checksum(None, tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+        return library().checksum_of_sums(sums.data_ptr(), tensor.nbytes)
+    return library().copy_checksum(None, tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
 
 
 def copy_with_checksum(to: torch.Tensor, tensor: torch.Tensor) -> int:
     """Copies `tensor` into `to`, contiguous, in the dtype of `to`; returns `checksum(to)`."""
     if tensor.device.type == to.device.type == "cpu" and tensor.dtype == to.dtype and tensor.is_contiguous():
-        return _library().copy_checksum(to.data_ptr(), tensor.data_ptr(), to.nbytes, torch.get_num_threads())
+        return library().copy_checksum(to.data_ptr(), tensor.data_ptr(), to.nbytes, torch.get_num_threads())
     to.copy_(tensor)
     return checksum(to)
 
@@ -63,9 +63,10 @@ def lane_sums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = load_library("checksum", Path(__file__).parent)
-    library.copy_checksum.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    library.checksum_of_sums.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.copy_checksum.restype = library.checksum_of_sums.restype = ctypes.c_uint64
-    return library
+def library() -> ctypes.CDLL:
+    """The compiled kernels; raises RuntimeError as `load_library` does."""
+    loaded = load_library("checksum", Path(__file__).parent)
+    loaded.copy_checksum.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    loaded.checksum_of_sums.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.copy_checksum.restype = loaded.checksum_of_sums.restype = ctypes.c_uint64
+    return loaded

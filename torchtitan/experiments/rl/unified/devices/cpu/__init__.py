@@ -65,6 +65,13 @@ class Cpu(Device):
 
         return attention.packed_backward(*args)
 
+    def load_kernels(self) -> None:
+        from torchtitan.experiments.rl.unified.devices.build import load_library
+        from torchtitan.experiments.rl.unified.devices.cpu.linear import library
+
+        library()
+        load_library("attention")
+
     def arithmetic(self) -> str:
         from torchtitan.experiments.rl.unified.devices.cpu.linear import isa
 

@@ -1,0 +1,44 @@
+# All rights reserved.
+#
+# This source code is licensed under the BSD-style license found in the
+# LICENSE file in the root directory of this source tree.
+
+"""What a machine lacks is one line of --dry_run, which is the job's, before anything is spawned."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+
+FLAGS = ["--dry_run", "--parity.check=off"]
+
+
+def dry_run(start: list[str], *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [*start, sys.executable, simple_rl_multiprocess.__file__, *FLAGS, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    "start, environment, complaint",
+    [
+        ([], {"XDG_CACHE_HOME": "/proc/x"}, "compiled kernels: no folder for compiled kernels: "),
+        ([], {"TMPDIR": "/nonexistent"}, "TMPDIR=/nonexistent is no folder that can be written in"),
+        ([], {"GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME=eth99: there is no such interface, but "),
+        (["bash", "-c", 'ulimit -n 100; exec "$@"', "-"], {}, "a process here may open 100 files, and one of this job"),
+        (["unshare", "-n"], {}, "processes of this host cannot reach each other by 127.0.0.1"),
+    ],
+)
+def test_what_a_machine_lacks_is_said_in_one_line(start, environment, complaint, tmp_path):
+    if start[:1] == ["unshare"] and subprocess.run([*start, "true"], capture_output=True).returncode:
+        pytest.skip("the kernel allows no network namespace")
+    done = dry_run(start, f"--job.dump_folder={tmp_path / 'run'}", **environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {complaint}") and not (tmp_path / "run").exists()
+
+
+def test_a_low_limit_that_may_be_raised_is_raised():
+    done = dry_run(["bash", "-c", 'ulimit -S -n 100; exec "$@"', "-"])
+    assert done.returncode == 0, done.stderr
