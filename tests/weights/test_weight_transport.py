@@ -20,7 +20,7 @@ from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.messages import TensorSpec
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.experiments.rl.unified.weights.checks import check_transport
-from torchtitan.experiments.rl.unified.weights.checksum import _library, checksum, copy_with_checksum, lane_sums
+from torchtitan.experiments.rl.unified.weights.checksum import library, checksum, copy_with_checksum, lane_sums
 from torchtitan.experiments.rl.unified.weights.placement import full_to_param
 from torchtitan.experiments.rl.unified.weights.receiver import Receiver
 from torchtitan.experiments.rl.unified.weights.transports import build_transport
@@ -286,7 +286,7 @@ def test_torchs_operations_give_the_kernels_checksum(size):
         torch.randint(256, (size + 1,), dtype=torch.uint8)[1:],
     ):
         sums = lane_sums(data)
-        assert _library().checksum_of_sums(sums.data_ptr(), size) == checksum(data)
+        assert library().checksum_of_sums(sums.data_ptr(), size) == checksum(data)
 
 
 def test_vllms_ipc_engine_is_for_one_gpu_that_all_share():
