@@ -3,14 +3,16 @@
 # This source code is licensed under the BSD-style license found in the
 # LICENSE file in the root directory of this source tree.
 
-"""Kill a process of the job at a random moment, start the job again, compare with a run that was never killed.
+"""Signal a process of the job at a random moment, start the job again, compare with a run that was left alone.
 
-    python scripts/chaos_resume.py --trials 20 [--steps 6] [--seed 0] [job flags]
+    python scripts/chaos_resume.py --trials 20 [--signals KILL,TERM,HUP,STOP] [--steps 6] [--seed 0] [--jobs 1]
+        [job flags]
 
-A trial is a fresh folder in which a process of the job (controller, trainer rank, generator) gets SIGKILL while the job
-starts, generates, trains, sends weights or writes a checkpoint. If the job stops, the same command starts it again,
-until it ends. Then the last checkpoint (weights, optimizer, schedule, position) and metrics.jsonl (times apart) must
-equal the undisturbed run's, bit for bit. Exit status 1 if one trial differs or hangs.
+A trial is a fresh folder in which a process of the job (controller, trainer rank, generator) gets a signal while the
+job starts, generates, trains, sends weights or writes a checkpoint; one that is stopped goes on up to 20 s later. If
+the job ends before its last step, the same command starts it again, until it has taken it. Then the last checkpoint
+(weights, optimizer, schedule, position) and metrics.jsonl (times apart) must equal the undisturbed run's, bit for bit.
+Exit status 1 if one trial differs or hangs.
 
 Where a phase lies in a step is taken from the undisturbed run's times; a checkpoint that is being written is seen on
 disk. So on a busy machine a kill that aimed at one phase may hit its neighbour; what is compared does not depend on it.
@@ -27,7 +29,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +44,7 @@ VICTIMS = ("generator", "trainer", "controller")
 TIMES = ("second", "busy", "memory", "restart")
 MARK = "RL_CHAOS_RUN"
 ORPHAN_LIMIT_SECONDS = 20.0
+LONGEST_STOP_SECONDS = 20.0
 SMALL = [
     "--rl.prompts_per_step=4",
     "--rl.group_size=4",
@@ -69,12 +73,14 @@ class Kill:
         phase: one of PHASES.
         step: the step in which the phase lies.
         fraction: where in the phase, 0 to 1.
+        signal: what the victim gets.
     """
 
     victim: str
     phase: str
     step: int
     fraction: float
+    signal: str
 
 
 class Job:
@@ -158,20 +164,22 @@ class Job:
     def end(self) -> None:
         """Kills what is left of it."""
         for pid in self.processes():
-            _kill(pid)
+            _send(pid, "KILL")
         self.process.wait()
         self.log.close()
 
 
-def plan(trials: int, steps: int, seed: int) -> list[Kill]:
-    """Random moments, spread: every victim in each three trials, every phase in each five."""
+def plan(trials: int, steps: int, seed: int, signals: Sequence[str] = ("KILL",)) -> list[Kill]:
+    """Random moments, spread: every victim in each three trials, every phase in each five, the signals in turn."""
     chance = random.Random(seed)
     victims = [victim for _ in range(trials) for victim in chance.sample(VICTIMS, len(VICTIMS))]
     phases = [phase for _ in range(trials) for phase in chance.sample(PHASES, len(PHASES))]
     return [
         # Checkpoints are written after every second step.
-        Kill(victims[i], phase, 2 * chance.randint(1, steps // 2) if phase == "save" else chance.randint(1, steps), at)
-        for i, phase, at in ((i, phases[i], chance.random()) for i in range(trials))
+        Kill(
+            victims[i], phase, 2 * chance.randint(1, steps // 2) if phase == "save" else chance.randint(1, steps), at, s
+        )
+        for i, phase, at, s in ((i, phases[i], chance.random(), signals[i % len(signals)]) for i in range(trials))
     ]
 
 
@@ -203,9 +211,13 @@ def disturb(job: Job, kill: Kill, times: list[dict[str, float]]) -> str:
     if job.process.poll() is not None or not candidates:
         raise NothingKilled
     name, pid = candidates[int(kill.fraction * len(candidates))]
-    _kill(job.process.pid if kill.victim == "controller" else pid)
-    cut = ", a checkpoint half written" if writing else ""
-    return f"{name:12} killed {time.monotonic() - start:5.1f} s in, aimed at {kill.phase}, after step {steps}{cut}"
+    pid = job.process.pid if kill.victim == "controller" else pid
+    _send(pid, kill.signal)
+    if kill.signal == "STOP":
+        time.sleep(LONGEST_STOP_SECONDS * kill.fraction)
+        _send(pid, "CONT")
+    cut, seconds = ", a checkpoint half written" if writing else "", time.monotonic() - start
+    return f"{name:12} SIG{kill.signal:4} {seconds:5.1f} s in, aimed at {kill.phase}, after step {steps}{cut}"
 
 
 def run_to_the_end(
@@ -263,9 +275,9 @@ def differences(one: Path, other: Path, steps: int) -> list[str]:
     return different
 
 
-def _kill(pid: int) -> None:
+def _send(pid: int, name: str) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.Signals[f"SIG{name}"])
     except ProcessLookupError:  # It has just ended.
         pass
 
@@ -296,10 +308,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--steps", type=int, default=6, help="training steps of a run; even")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--signals", default="KILL", help="names, in turn: KILL, TERM, HUP, INT, STOP")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once")
     parser.add_argument("--limit", type=float, default=300, help="longest wait for one start of the job, in seconds")
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
     args, flags = parser.parse_known_args()
     flags = [*SMALL, f"--training.steps={args.steps}", *flags]
+    if odd := set(args.signals.split(",")) - {"KILL", "TERM", "HUP", "INT", "STOP"}:
+        parser.error(f"--signals has no {', '.join(map(repr, sorted(odd)))}")
     if args.trials < 1 or args.steps < 2 or args.steps % 2:
         parser.error("--trials must be at least 1, --steps an even number from 2")
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -310,16 +326,21 @@ def main() -> int:
         start = time.monotonic()
         run_to_the_end(undisturbed, flags, args.limit)
         times = _phase_times(undisturbed, time.monotonic() - start)
-        for number, kill in enumerate(plan(args.trials, args.steps, args.seed), start=1):
+
+        def trial(number: int, kill: Kill) -> bool:
             run = folder / f"trial-{number}"
             try:
                 what = kill_once(run, flags, args.limit, kill, times)
                 different = differences(undisturbed, run, args.steps)
             except TrialFailed as error:
                 what, different = str(error), ["the job"]
-            good += not different
             verdict = "equal" if not different else f"DIFFERENT: {', '.join(different[:3])} ({len(different)} in all)"
             print(f"trial {number:2}: {what}; {verdict}", flush=True)
+            return not different
+
+        kills = plan(args.trials, args.steps, args.seed, args.signals.split(","))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            good = sum(pool.map(trial, range(1, args.trials + 1), kills))
     except TrialFailed as error:
         print(f"error: the undisturbed run failed: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@
 # again; with another content it is brought up to date.
 
 set -euo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 # Where torch's CPU builds are, for machines whose own pip settings do not offer one.
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -68,15 +68,20 @@ check_machine() { # what no package index can give
         die "vLLM needs libnuma.so.1; on Debian and Ubuntu: apt-get install libnuma1"
 }
 
-make_env() {
-    local venv="$ROOT/.venv" old
+make_env() ( # in a subshell, whose end puts back what was there, if nothing stands in its place
+    venv="$ROOT/.venv"
     old="$(head -n 1 "$venv/setup-stamp" 2>/dev/null || true)"
+    if [[ $old && $old != "$ROOT" ]]; then # whole, and of another place
+        rm -rf "$venv.old"
+        mv "$venv" "$venv.old"
+        trap '[[ -e $venv/setup-stamp ]] || { rm -rf "$venv"; mv "$venv.old" "$venv"; }' EXIT
+    fi
     rm -f "$venv/setup-stamp"
     if [[ $old != "$ROOT" || ! -x $venv/bin/python ]]; then
         step "making $venv (once, a minute or two)" "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
-    local pip=("$venv/bin/python" -m pip install --no-deps --no-compile --progress-bar off --disable-pip-version-check)
-    local uv=("$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps)
+    pip=("$venv/bin/python" -m pip install --no-deps --no-compile --progress-bar off --disable-pip-version-check)
+    uv=("$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps)
     step "fetching uv" "${pip[@]}" "$(pinned uv)"
     say "fetching $(pinned torch)"
     logged "${pip[@]}" "$(pinned torch)" ||
@@ -84,7 +89,8 @@ make_env() {
     step "fetching the other packages" "${uv[@]}" -r "$ROOT/scripts/constraints-cpu.txt"
     step "installing this project" "${uv[@]}" --no-build-isolation --editable "$ROOT"
     wanted_stamp >"$venv/setup-stamp"
-}
+    rm -rf "$venv.old"
+)
 
 set_up() {
     is_current && return

@@ -44,5 +44,5 @@ def test_a_killed_job_ends_as_the_undisturbed_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     *trials, last = [line for line in done.stdout.splitlines() if line.startswith(("trial", "1 of 1"))]
     assert last == "1 of 1 trials ended as the undisturbed run did"
-    assert sum("killed" in line for line in trials) == 1, done.stdout
+    assert sum("SIGKILL" in line for line in trials) == 1, done.stdout
     assert "left behind" not in done.stdout

@@ -39,6 +39,34 @@ def test_what_a_machine_lacks_is_said_in_one_line(start, environment, complaint,
     assert line.startswith(f"error: {complaint}") and not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core alone")
+def test_pinning_by_the_environment_is_not_taken_for_the_machine():
+    for variables in ({"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}, {"GOMP_CPU_AFFINITY": "0"}):
+        done = dry_run([], **variables)
+        assert done.returncode == 0 and "compute threads" not in done.stderr, done.stderr
+
+
 def test_a_low_limit_that_may_be_raised_is_raised():
     done = dry_run(["bash", "-c", 'ulimit -S -n 100; exec "$@"', "-"])
     assert done.returncode == 0, done.stderr
+
+
+def test_nobody_has_to_read_what_a_job_says(tmp_path):
+    """Proves that closed and broken streams, and letters that they have not, change neither plan nor exit status."""
+    command = f"{sys.executable} {simple_rl_multiprocess.__file__} --dry_run --parity.check=off"
+    for redirect in ("| true", "2>&1 | head -c 1", ">&-", ">&- 2>&-"):
+        done = subprocess.run(["bash", "-c", f"{command} {redirect}; exit ${{PIPESTATUS[0]}}"], timeout=120)
+        assert done.returncode == 0, redirect
+    folder = tmp_path / "Z\u00fcrich"
+    done = dry_run([], f"--job.dump_folder={folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "Z\\xfcrich" in done.stdout and "memory" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_whose_reader_leaves_takes_its_steps(tmp_path):
+    flags = f"--job.dump_folder={tmp_path}/run --training.steps=1 --rl.prompts_per_step=2 --evaluation.interval=0"
+    command = f"{sys.executable} {simple_rl_multiprocess.__file__} {flags} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    assert (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 1
+    assert (tmp_path / "run" / "report.html").exists()

@@ -121,6 +121,20 @@ def test_set_ups_take_turns_and_a_broken_one_is_made_again(clone):
     assert not (clone / ".venv" / "setup-stamp").exists()
 
 
+def test_an_environment_stays_until_another_stands_in_its_place(clone, tmp_path):
+    """Proves that no set-up without a network loses one, by whatever path, and that a symlink is no other path."""
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "precious").touch()
+    (clone / ".venv" / "setup-stamp").write_text("/elsewhere\nof old\n")
+    process = set_up(clone)
+    process.communicate()
+    assert process.returncode == 1 and (clone / ".venv" / "precious").exists() and not (clone / ".venv.old").exists()
+    assert (clone / ".venv" / "setup-stamp").read_text() == "/elsewhere\nof old\n"
+
+    (tmp_path / "link").symlink_to(clone)
+    assert set_up(tmp_path / "link").communicate()[1].startswith(f"set-up: making {clone}/.venv")
+
+
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="this is not the environment that set-up made")
 def test_second_set_up_is_quiet_and_quick():
     start = time.monotonic()

@@ -314,6 +314,7 @@ def test_the_record_of_a_run_that_is_gone_on_with_is_read_by_preflight_too(run_b
         (["--metrics.save_tb_folder=/tb"], "[metrics] save_tb_folder = '/tb': it must be"),
         (["--comm.save_traces_folder=/tb"], "[comm] save_traces_folder = '/tb': it must be"),
         (["--generator.cores=9999"], "[generator] cores = '9999': this process may not run on 9999; it has "),
+        (["--parallelism.tensor_parallel_degree=2", "--generator.tensor_parallel_degree=2"], "[parallelism] data_par"),
         (["--sampling.temperature=0"], "[sampling] temperature 0 makes the 8 completions of a prompt equal"),
         (["--sampling.top_k=1"], "[sampling] top_k 1 makes the 8 completions of a prompt equal"),
         (["--reward.weights", "gsm8k", "0"], "[reward.weights] gives no reward a weight"),

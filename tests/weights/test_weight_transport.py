@@ -20,7 +20,7 @@ from torchtitan.experiments.rl.unified.errors import WeightTransferError
 from torchtitan.experiments.rl.unified.messages import TensorSpec
 from torchtitan.experiments.rl.unified.weights.base import PolicyWeights
 from torchtitan.experiments.rl.unified.weights.checks import check_transport
-from torchtitan.experiments.rl.unified.weights.checksum import library, checksum, copy_with_checksum, lane_sums
+from torchtitan.experiments.rl.unified.weights.checksum import checksum, copy_with_checksum, lane_sums, library
 from torchtitan.experiments.rl.unified.weights.placement import full_to_param
 from torchtitan.experiments.rl.unified.weights.receiver import Receiver
 from torchtitan.experiments.rl.unified.weights.transports import build_transport

@@ -53,13 +53,17 @@ def run(args: list[str], dry: bool) -> str:
     from torchtitan.experiments.rl.unified.preflight.estimate import estimate_job
 
     if dry:
+        estimate = ""
         with suppress(ValueError):  # Where that cannot be told, `check` says why.
-            print(estimate_job(config).text())
+            estimate = estimate_job(config).text()
+        if estimate:
+            print(estimate)
     with closing(check(config)) as job:
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if dry:
             return f"{'a completion ends':<32}{job.completion_ends}"
+        config_alone().drop_unread_streams()
         with own_temporary_folder(), ends_in_order(config.supervision.grace_seconds) as signals:
             try:
                 return asyncio.run(run_job(config, job.task, job.evaluation))
@@ -76,6 +80,7 @@ def main(args: list[str]) -> int:
             print(config_alone().help_text(__doc__))
             return 0
         config_alone().check_arguments(words)
+        config_alone().keep_cores()
     except ValueError as error:
         return _failed(error)
     from torchtitan.experiments.rl.unified import errors
@@ -110,4 +115,5 @@ def _failed(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    config_alone().unbroken_streams()
     sys.exit(main(sys.argv[1:]))

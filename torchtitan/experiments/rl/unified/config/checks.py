@@ -103,6 +103,17 @@ def _batch(config: Any) -> Iterator[str]:
         )
 
 
+def _replicated(config: Any) -> Iterator[str]:
+    degrees = config.parallelism
+    tensor, replicas = degrees.tensor_parallel_degree, degrees.data_parallel_replicate_degree
+    if tensor > 1 and replicas > 1 and degrees.data_parallel_shard_degree <= 1:
+        yield (
+            f"[parallelism] data_parallel_replicate_degree {replicas} (DDP) does not go with tensor_parallel_degree "
+            f"{tensor}: set data_parallel_replicate_degree = 1, and data_parallel_shard_degree = {replicas} (FSDP) for "
+            "as many data-parallel ranks"
+        )
+
+
 def _room(config: Any) -> Iterator[str]:
     if config.training.seq_len <= config.sampling.max_tokens:
         yield (
@@ -265,6 +276,7 @@ def _wandb(config: Any) -> Iterator[str]:
 CHECKS: dict[Callable[[Any], Iterator[str]], tuple[str, ...]] = {
     _outputs: ("job.dump_folder", "checkpoint.folder", "metrics.save_tb_folder", "comm.save_traces_folder"),
     _batch: ("rl.prompts_per_step", "rl.group_size", "parallelism.data_parallel"),
+    _replicated: ("parallelism",),
     _room: ("training.seq_len", "sampling.max_tokens"),
     _stop: ("sampling.stop",),
     _date: ("data.date",),

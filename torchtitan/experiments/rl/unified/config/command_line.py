@@ -5,6 +5,8 @@
 
 """What a command says of its arguments before it imports anything that takes time. Loads no torch."""
 
+import os
+import sys
 import textwrap
 from dataclasses import field, make_dataclass
 from pathlib import Path
@@ -13,8 +15,22 @@ from . import sections
 from .checks import contradictions
 from .parse import parse
 from .schema import build, documentation, keys_of, titan_job_config, titan_source
+from .streams import drop_unread_streams, unbroken_streams
+
+__all__ = ["check_arguments", "drop_unread_streams", "help_text", "keep_cores", "unbroken_streams"]
 
 _DEFAULT = Path(__file__).resolve().parents[1] / "train_configs" / "debug_cpu.toml"
+
+
+# With them an OpenMP runtime pins the process that loads it, and each of a job's to the same cores.
+_PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
+def keep_cores() -> None:
+    """Drops what pins processes as they load torch; [trainer] and [generator] cores place a job's."""
+    pinned = [os.environ.pop(name) for name in _PINNING if name in os.environ]
+    if pinned and "torch" in sys.modules:  # As of `python -m`: it has happened.
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 def check_arguments(args: list[str]) -> None:

@@ -69,6 +69,11 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
             with contextlib.suppress(_NotWhole):
                 return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
             return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
+    except OSError as error:
+        raise RuntimeError(
+            f"{name}.cpp is compiled, and cannot be loaded from {_cache()} ({' '.join(str(error).split())[:200]}): is "
+            "that mounted noexec? XDG_CACHE_HOME names another place"
+        ) from error
     except InvalidCxxCompiler as error:
         raise RuntimeError(
             f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
@@ -84,7 +89,7 @@ def _own_cache() -> Iterator[None]:
     Raises:
         RuntimeError: others can write to it: what they put there would run here.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchtitan_rl_unified")
+    folder = _cache()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -103,6 +108,10 @@ def _own_cache() -> Iterator[None]:
     finally:
         del os.environ[variable]
         os.environ.update(before)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchtitan_rl_unified")
 
 
 def _instruction_sets() -> str:
