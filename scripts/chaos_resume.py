@@ -211,7 +211,8 @@ def disturb(job: Job, kill: Kill, times: list[dict[str, float]]) -> str:
     if job.process.poll() is not None or not candidates:
         raise NothingKilled
     name, pid = candidates[int(kill.fraction * len(candidates))]
-    pid = job.process.pid if kill.victim == "controller" else pid
+    if kill.victim == "controller":  # Not a child of its own, such as a reward's process.
+        name, pid = kill.victim, job.process.pid
     _send(pid, kill.signal)
     if kill.signal == "STOP":
         time.sleep(LONGEST_STOP_SECONDS * kill.fraction)
@@ -248,14 +249,15 @@ def run_to_the_end(
 
 
 def kill_once(folder: Path, flags: list[str], limit: float, kill: Kill, times: list[dict[str, float]]) -> str:
-    """`run_to_the_end` with a kill that found its victim: where it found none, in a new folder and two steps earlier.
+    """`run_to_the_end` with a kill that found its victim: where it found none, in a new folder and earlier.
 
     Raises:
         TrialFailed: it does not end well, or no moment found the victim.
     """
-    for step in (kill.step, max(kill.step - 2, 1), 1):
+    # Earlier in its phase too: the undisturbed run was the first, and may have been the slowest to start.
+    for step, share in ((kill.step, 1.0), (max(kill.step - 2, 1), 0.5), (1, 0.1)):
         try:
-            return run_to_the_end(folder, flags, limit, replace(kill, step=step), times)
+            return run_to_the_end(folder, flags, limit, replace(kill, step=step, fraction=kill.fraction * share), times)
         except NothingKilled:
             shutil.rmtree(folder, ignore_errors=True)
     raise TrialFailed(f"no moment found a {kill.victim} to kill")
@@ -318,6 +320,11 @@ def main() -> int:
         parser.error(f"--signals has no {', '.join(map(repr, sorted(odd)))}")
     if args.trials < 1 or args.steps < 2 or args.steps % 2:
         parser.error("--trials must be at least 1, --steps an even number from 2")
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if (
+            signal.getsignal(number) == signal.SIG_IGN
+        ):  # As nohup and scripts' backgrounds leave them to their children.
+            signal.signal(number, signal.SIG_DFL)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     undisturbed = folder / "undisturbed"

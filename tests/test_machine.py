@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from torchtitan.experiments.rl.unified import simple_rl_multiprocess
+from torchtitan.experiments.rl.unified import infer, simple_rl_multiprocess
 
 FLAGS = ["--dry_run", "--parity.check=off"]
 
@@ -26,6 +26,12 @@ def dry_run(start: list[str], *flags: str, **environment: str) -> subprocess.Com
         ([], {"XDG_CACHE_HOME": "/proc/x"}, "compiled kernels: no folder for compiled kernels: "),
         ([], {"TMPDIR": "/nonexistent"}, "TMPDIR=/nonexistent is no folder that can be written in"),
         ([], {"GLOO_SOCKET_IFNAME": "eth99"}, "GLOO_SOCKET_IFNAME=eth99: there is no such interface, but "),
+        (
+            [],
+            {"VLLM_LOGGING_CONFIG_PATH": "/nonexistent"},
+            "VLLM_LOGGING_CONFIG_PATH=/nonexistent: there is no such file",
+        ),
+        ([], {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, "TORCH_DISTRIBUTED_DEBUG=DETAIL: process groups of one rank"),
         (["bash", "-c", 'ulimit -n 100; exec "$@"', "-"], {}, "a process here may open 100 files, and one of this job"),
         (["unshare", "-n"], {}, "processes of this host cannot reach each other by 127.0.0.1"),
     ],
@@ -44,6 +50,27 @@ def test_pinning_by_the_environment_is_not_taken_for_the_machine():
     for variables in ({"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}, {"GOMP_CPU_AFFINITY": "0"}):
         done = dry_run([], **variables)
         assert done.returncode == 0 and "compute threads" not in done.stderr, done.stderr
+
+
+def test_a_working_directory_that_has_been_deleted_is_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    start = ["bash", "-c", f'cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec "$@"', "-"]
+    done = dry_run(start)
+    assert done.returncode == 1 and done.stderr.startswith("error: the working directory has been deleted"), done.stderr
+
+
+def test_a_librarys_warning_is_no_error():
+    done = dry_run([], PYTHONWARNINGS="error", VLLM_CPU_KVCACHE_SPACE="500")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_infer_says_in_one_line_that_no_kernel_can_be_loaded():
+    environment = {**os.environ, "XDG_CACHE_HOME": "/dev/null"}
+    done = subprocess.run(
+        [sys.executable, infer.__file__], capture_output=True, text=True, timeout=120, env=environment
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: compiled kernels: no folder for compiled kernels"), line
 
 
 def test_a_low_limit_that_may_be_raised_is_raised():

@@ -17,6 +17,7 @@ from torchtitan.experiments.rl.unified import simple_rl_multiprocess
 from torchtitan.experiments.rl.unified.config.load import load_job_config, REPOSITORY, TRAIN_CONFIGS
 from torchtitan.experiments.rl.unified.families import family, policy_train_spec
 from torchtitan.experiments.rl.unified.preflight.estimate import checkpoint_count, count_parameters, estimate_job, GIB
+from torchtitan.experiments.rl.unified.preflight.machine import check_kernels
 from torchtitan.experiments.rl.unified.record.provenance import machine, sha256, versions
 
 
@@ -97,6 +98,7 @@ def test_too_many_threads_and_too_little_memory():
 
 
 def test_a_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
+    check_kernels(load_job_config([]))  # Asks the compiler for its version, once.
     monkeypatch.setattr(subprocess, "Popen", None)
     folder = tmp_path / "run"
     status = simple_rl_multiprocess.main(["--dry_run", "--job.dump_folder", str(folder), "--rl.group_size", "4"])

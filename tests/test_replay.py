@@ -116,6 +116,12 @@ def test_what_belongs_to_a_removed_checkpoint_goes_with_it(job):
     ]
 
 
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "step-1.tmp").mkdir()
+    with pytest.raises(OSError, match="cannot be written"):
+        save_trajectories([trajectory(0, version=1)], tmp_path / "step-1.safetensors")
+
+
 def test_a_checkpoint_without_digests_or_without_an_index_is_said_so(job):
     replay = ReplayFolder(job)
     save_checkpoint(replay, 2)

@@ -22,7 +22,7 @@ BELOW = {
     "tokenizer": "config",
     "config": "errors",
     "messages": "config errors",
-    "devices": "errors",
+    "devices": "config errors",
     "algorithms": "config errors",
     "record": "config messages errors devices dcp",
     "weights": "config messages errors devices",

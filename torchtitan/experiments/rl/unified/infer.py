@@ -21,10 +21,10 @@ if __name__ == "__main__" and os.environ.get("RL_VERBOSE") != "1":
 try:
     import torch
     from torchtitan.experiments.rl.unified.config.checkpoint_path import directory_of_model, resolve_path
-    from torchtitan.experiments.rl.unified.config.checks import environment_problems
     from torchtitan.experiments.rl.unified.config.environment import exit_at_once, prepare_environment
     from torchtitan.experiments.rl.unified.config.load import TRAIN_CONFIGS
     from torchtitan.experiments.rl.unified.config.ranges import COUNT, SEED, TEMPERATURE
+    from torchtitan.experiments.rl.unified.config.variables import environment_problems
     from torchtitan.experiments.rl.unified.devices import this_device
     from torchtitan.experiments.rl.unified.families import model_of_checkpoint, PolicyModel
     from torchtitan.experiments.rl.unified.families.files import CheckpointFiles
@@ -75,6 +75,10 @@ def generate(args: argparse.Namespace) -> tuple[str, str]:
     _check_arguments(args)
     weights = resolve_path(args.model_ckpt_path)
     checkpoint = directory_of_model(weights)
+    try:
+        this_device().load_kernels()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"compiled kernels: {error}") from error
     model = model_of_checkpoint(checkpoint)
     dtype = _dtype(args.dtype, model, check_weights(model, weights))
     context, kv_heads = model.args.max_seq_len, model.geometry.kv_heads

@@ -79,8 +79,8 @@ def main(args: list[str]) -> int:
         if {"--help", "-h"} & set(words):
             print(config_alone().help_text(__doc__))
             return 0
+        config_alone().prepare_process()
         config_alone().check_arguments(words)
-        config_alone().keep_cores()
     except ValueError as error:
         return _failed(error)
     from torchtitan.experiments.rl.unified import errors

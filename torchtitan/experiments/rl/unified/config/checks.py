@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .idle import idle_keys
+from .variables import environment_problems
 
 
 def contradictions(config: Any, failed: Set[str] = frozenset()) -> list[str]:
@@ -252,15 +253,6 @@ def _same_arithmetic(config: Any) -> Iterator[str]:
         )
     if os.environ.get("VLLM_BATCH_INVARIANT") == "0":
         yield 'VLLM_BATCH_INVARIANT=0 contradicts [parity] check; unset it or set check = "off"'
-
-
-def environment_problems() -> Iterator[str]:
-    """What the environment asks of vLLM that no engine here can do."""
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-        yield (
-            f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: log-probs of vLLM's other runner are "
-            "not the trainer's; unset it"
-        )
 
 
 def _environment(config: Any) -> Iterator[str]:

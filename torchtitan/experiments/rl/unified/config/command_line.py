@@ -8,6 +8,7 @@
 import os
 import sys
 import textwrap
+import warnings
 from dataclasses import field, make_dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .parse import parse
 from .schema import build, documentation, keys_of, titan_job_config, titan_source
 from .streams import drop_unread_streams, unbroken_streams
 
-__all__ = ["check_arguments", "drop_unread_streams", "help_text", "keep_cores", "unbroken_streams"]
+__all__ = ["check_arguments", "drop_unread_streams", "help_text", "prepare_process", "unbroken_streams"]
 
 _DEFAULT = Path(__file__).resolve().parents[1] / "train_configs" / "debug_cpu.toml"
 
@@ -26,8 +27,23 @@ _DEFAULT = Path(__file__).resolve().parents[1] / "train_configs" / "debug_cpu.to
 _PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
-def keep_cores() -> None:
-    """Drops what pins processes as they load torch; [trainer] and [generator] cores place a job's."""
+def prepare_process() -> None:
+    """Before torch is loaded: drops what would end or pin a process that loads it.
+
+    [trainer] and [generator] cores place a job's processes. A warning of a library is no error of the job's.
+
+    Raises:
+        ValueError: the working directory has been deleted.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working directory has been deleted: change to another") from None
+    if any(option.startswith("error") for option in sys.warnoptions):
+        sys.warnoptions.clear()
+        os.environ["PYTHONWARNINGS"] = "ignore"
+        warnings.simplefilter("ignore")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # [generator] kv_cache_gib says it.
     pinned = [os.environ.pop(name) for name in _PINNING if name in os.environ]
     if pinned and "torch" in sys.modules:  # As of `python -m`: it has happened.
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

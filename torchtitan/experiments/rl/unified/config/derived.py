@@ -6,10 +6,10 @@
 """What follows from a job config, each fact in one place."""
 
 import math
-import os
 import socket
 from pathlib import Path
 
+from torchtitan.experiments.rl.unified.config.control_groups import cores
 from torchtitan.experiments.rl.unified.config.load import JobConfig
 
 
@@ -28,7 +28,7 @@ def data_parallel_degree(config: JobConfig) -> int:
 
 def threads_of_rank(ranks: int) -> int:
     """CPU threads for one of `ranks` processes that share the cores this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, cores() // ranks)
 
 
 def steps_ahead(config: JobConfig) -> int:

@@ -7,10 +7,10 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torchtitan.experiments.rl.unified.config.checks import cores_of
+from torchtitan.experiments.rl.unified.config.control_groups import cores as usable_cores, limits
 from torchtitan.experiments.rl.unified.config.derived import (
     data_parallel_degree,
     engines_share_memory,
@@ -78,7 +78,7 @@ class JobEstimate:
     facts: list[tuple[str, str]]
     overlap: bool = False
     needs_gpu: str = ""
-    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cores: int = field(default_factory=usable_cores)
     memory_bytes: int = field(default_factory=lambda: machine_memory())
     on_host: bool = field(default_factory=lambda: this_device().in_host_memory)
 
@@ -171,13 +171,8 @@ def checkpoint_count(config: JobConfig) -> int:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process and its children may use: the machine's, or its control group's limit."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical
+    """Bytes of memory that this process and its children may use: the machine's, or less if its control group says."""
+    return int(min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits("memory")]))
 
 
 def _controller() -> ProcessGroup:

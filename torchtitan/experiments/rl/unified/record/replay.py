@@ -139,7 +139,10 @@ def save_trajectories(trajectories: list[Trajectory], path: Path) -> None:
     versions = sorted({t.policy_version for t in trajectories})
     metadata = {"words": json.dumps(words), "policy_versions": json.dumps(versions)}
     draft = path.with_suffix(".tmp")
-    save_file(tensors, draft, metadata)
+    try:
+        save_file(tensors, draft, metadata)
+    except SafetensorError as error:  # A full disk, say.
+        raise OSError(f"{draft} cannot be written: {error}") from error
     draft.rename(path)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torchtitan.experiments.rl.unified.config.control_groups import cores as usable_cores
 from torchtitan.experiments.rl.unified.devices.base import Device
 
 
@@ -113,7 +114,7 @@ class Cpu(Device):
 
     def engine_environment(self, tensor_parallel_degree: int, num_threads: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
-        share = num_threads or max(1, len(cores) // tensor_parallel_degree)
+        share = num_threads or max(1, usable_cores() // tensor_parallel_degree)
         if tensor_parallel_degree == 1:
             # The engine stays in this process: its threads are this process's.
             return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | _unless_set("OMP_NUM_THREADS", str(share))
