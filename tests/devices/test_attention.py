@@ -253,15 +253,20 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_build_at_once_all_get_the_library_and_one_that_was_cut_off_is_built_again(tmp_path) -> None:
+def test_processes_that_build_at_once_all_get_the_library_and_a_damaged_one_is_built_again(tmp_path) -> None:
     code = "from torchtitan.experiments.rl.unified.devices.build import load_library; load_library('attention')"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    sizes = []
-    for cut in (None, 20000):
-        if cut:  # Touching what is not there of a mapped file would be SIGBUS.
-            os.truncate(next(tmp_path.rglob("*.so")), cut)
+    kept = set()
+    for damage in ("none", "cut", "zeroed", "no compiler"):
+        for library in tmp_path.rglob("*.so"):
+            if damage == "cut":  # Touching what is not there of a mapped file would be SIGBUS.
+                os.truncate(library, 20000)
+            # A whole file of other content, where inductor's own copy was not.
+            if damage == "zeroed" and library.parent.name == "torchtitan_rl_unified":
+                library.write_bytes(bytes(library.stat().st_size))
+        env |= {"CXX": str(tmp_path / "none")} if damage == "no compiler" else {}
         running = [subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path) for _ in range(2)]
-        assert [process.wait() for process in running] == [0, 0]
-        (library,) = tmp_path.rglob("*.so")
-        sizes.append(library.stat().st_size)
-    assert sizes[0] == sizes[1]
+        assert [process.wait() for process in running] == [0, 0], damage
+        (library,) = (tmp_path / "torchtitan_rl_unified").glob("attention-*.so")
+        kept.add((library.name, library.stat().st_size))
+    assert len(kept) == 1

@@ -8,14 +8,18 @@
 import contextlib
 import ctypes
 import functools
+import hashlib
 import inspect
 import os
 import re
+import shutil
 import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _SOURCES = Path(__file__).parent / "cpu" / "csrc"
 
@@ -32,9 +36,10 @@ class _NotWhole(Exception):
 def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
     """Compiles ``<name>.cpp`` and loads it.
 
-    The build is inductor's own: torch's OpenMP runtime, ``-march=native``, a file lock against other processes, and
-    a cache on disk (see `_own_cache`) keyed by source, flags and instruction sets. A library in it that is not whole,
-    as a full disk or a killed compiler leaves one, is built again: touching it would end the process.
+    The build is inductor's own: torch's OpenMP runtime, ``-march=native``, a file lock against other processes. What
+    it makes is kept in a folder of this user's (see `_own_cache`), by source, flags, instruction sets and torch, and
+    under its content's digest: one that is cut off or damaged, which could end the process, is built again. Where it is
+    there, no compiler is asked for.
 
     Args:
         name: file name, without its suffix.
@@ -46,12 +51,34 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
     Raises:
         RuntimeError: no working C++ compiler, the source does not compile, or others can write to the cache.
     """
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
     source = _with_headers(folder / f"{name}.cpp")
     # -march=native spells the same on every machine: a cache on a shared disk must still tell them apart.
     source += f"\n// {_instruction_sets()}\n"
+    key = hashlib.sha256(f"{source}{_FLAGS}{torch.__version__}".encode()).hexdigest()[:16]
+    try:
+        with _own_cache() as cache:
+            for kept in cache.glob(f"{name}-{key}-*.so"):
+                with contextlib.suppress(FileNotFoundError):  # Another process has removed it.
+                    if kept.stem.rpartition("-")[2] == _digest(kept):
+                        return ctypes.CDLL(str(kept))
+                    kept.unlink()
+            built = _build(name, source)
+            draft = cache / f"{name}-{key}-{os.getpid()}.tmp"
+            shutil.copyfile(built._name, draft)
+            draft.rename(cache / f"{name}-{key}-{_digest(draft)}.so")
+            return built
+    except OSError as error:
+        raise RuntimeError(
+            f"{name}.cpp is compiled, and cannot be kept in or loaded from a folder of {cache} "
+            f"({' '.join(str(error).split())[:200]}): is it mounted noexec, or full? XDG_CACHE_HOME names another place"
+        ) from error
+
+
+def _build(name: str, source: str) -> ctypes.CDLL:
+    """Compiles `source`, or takes what inductor has of it, and loads it; errors as of `load_library`."""
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
     # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
     knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if knows else {}
@@ -65,15 +92,9 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
             return super()._load_library(path, key)
 
     try:
-        with _own_cache():
-            with contextlib.suppress(_NotWhole):
-                return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
+        with contextlib.suppress(_NotWhole):
             return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
-    except OSError as error:
-        raise RuntimeError(
-            f"{name}.cpp is compiled, and cannot be loaded from {_cache()} ({' '.join(str(error).split())[:200]}): is "
-            "that mounted noexec? XDG_CACHE_HOME names another place"
-        ) from error
+        return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
     except InvalidCxxCompiler as error:
         raise RuntimeError(
             f"{name}.cpp needs a C++ compiler and none works: install g++ or clang++, or point CXX at one"
@@ -83,13 +104,13 @@ def load_library(name: str, folder: Path = _SOURCES) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _own_cache() -> Iterator[None]:
+def _own_cache() -> Iterator[Path]:
     """Lets inductor compile into a folder of this user's; its own stands where any user can make it first.
 
     Raises:
         RuntimeError: others can write to it: what they put there would run here.
     """
-    folder = _cache()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchtitan_rl_unified")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -104,14 +125,14 @@ def _own_cache() -> Iterator[None]:
     before = {variable: os.environ[variable]} if variable in os.environ else {}
     os.environ[variable] = str(folder)
     try:
-        yield
+        yield folder
     finally:
         del os.environ[variable]
         os.environ.update(before)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchtitan_rl_unified")
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _instruction_sets() -> str:
