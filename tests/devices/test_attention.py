@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 from torchtitan.experiments.rl.unified.devices.attention import packed_attention
 from torchtitan.experiments.rl.unified.devices.build import load_library
@@ -250,6 +251,18 @@ def test_a_missing_compiler_is_one_clear_error(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: attention.cpp needs a C++ compiler")
+
+
+@pytest.mark.slow
+def test_torch_may_lie_under_a_path_with_a_space(tmp_path) -> None:
+    (tmp_path / "a place").mkdir()
+    (tmp_path / "a place" / "lib").symlink_to(cpp_extension.TORCH_LIB_PATH)
+    code = (
+        f"from torch.utils import cpp_extension; cpp_extension.TORCH_LIB_PATH = {str(tmp_path / 'a place/lib')!r}\n"
+        "from torchtitan.experiments.rl.unified.devices.build import load_library; load_library('attention')"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "a cache")}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow

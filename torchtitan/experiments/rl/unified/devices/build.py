@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -78,6 +79,7 @@ def _build(name: str, source: str) -> ctypes.CDLL:
     """Compiles `source`, or takes what inductor has of it, and loads it; errors as of `load_library`."""
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch.utils import cpp_extension
 
     # Probing which vector instructions work takes seconds, and -march=native knows. torch 2.11 probes all the same.
     knows = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
@@ -91,6 +93,9 @@ def _build(name: str, source: str) -> ctypes.CDLL:
                 raise _NotWhole
             return super()._load_library(path, key)
 
+    # inductor quotes every path of its command line but this one.
+    lib_path = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(lib_path)
     try:
         with contextlib.suppress(_NotWhole):
             return WholeLibraries.load(source, extra_flags=_FLAGS, **options)
@@ -101,6 +106,8 @@ def _build(name: str, source: str) -> ctypes.CDLL:
         ) from error
     except CppCompileError as error:
         raise RuntimeError(f"{name}.cpp does not compile on this machine:\n{error}") from error
+    finally:
+        cpp_extension.TORCH_LIB_PATH = lib_path
 
 
 @contextlib.contextmanager
