@@ -16,6 +16,7 @@ import shlex
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,15 @@ def _own_cache() -> Iterator[Path]:
         )
     variable = "TORCHINDUCTOR_CACHE_DIR"
     before = {variable: os.environ[variable]} if variable in os.environ else {}
-    os.environ[variable] = str(folder)
-    try:
-        yield folder
-    finally:
-        del os.environ[variable]
-        os.environ.update(before)
+    with contextlib.ExitStack() as stack:
+        # Paths there are not quoted, either.
+        spaced = len(str(folder).split()) > 1
+        os.environ[variable] = stack.enter_context(tempfile.TemporaryDirectory()) if spaced else str(folder)
+        try:
+            yield folder
+        finally:
+            del os.environ[variable]
+            os.environ.update(before)
 
 
 def _digest(file: Path) -> str:
