@@ -287,8 +287,8 @@ REFUSED = {
     ),
     "index of nothing": (sharded(lambda folder: write_index(folder, {})), "names no tensor"),
     "no index": (sharded(lambda folder: (folder / INDEX).write_text("{}")), "it has no weight_map"),
-    "index cut": (sharded(lambda folder: (folder / INDEX).write_text("{")), "is no index: JSONDecodeError"),
-    "index of null": (sharded(lambda folder: (folder / INDEX).write_text("null")), "it has no weight_map"),
+    "index cut": (sharded(lambda folder: (folder / INDEX).write_text("{")), f"{INDEX} is not JSON: "),
+    "index of null": (sharded(lambda folder: (folder / INDEX).write_text("null")), f"{INDEX} is no JSON object"),
     "index lost": (sharded(lambda folder: (folder / INDEX).unlink()), f"holds 3 files of weights and no {INDEX}"),
 }
 

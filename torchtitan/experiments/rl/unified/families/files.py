@@ -176,8 +176,8 @@ def _only_file(path: Path) -> Path:
 def _indexed(path: Path) -> dict[Path, set[str]]:
     """The files that the index names, with the tensors that it places in them."""
     index = path / INDEX
+    weight_map = read_json(index).get("weight_map")
     try:
-        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError("it has no weight_map, which says what lies in which file")
         placed: dict[Path, set[str]] = {}
